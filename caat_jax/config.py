@@ -1,0 +1,407 @@
+"""From an `ml_collections` ConfigDict to frozen dataclasses; every check of a field is here.
+
+`configs/base.py` holds each field's default and meaning; the dataclasses repeat neither.
+`resolve(config_dict)` raises `InputError` before anything is compiled or written.  What can only
+be checked against something else is checked where both are known: the mesh against the devices in
+`resolve_mesh`, the vocabulary against the tokeniser in `Config.with_vocabulary`.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from caat_jax.errors import InputError
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the function is: `config.model` with nothing left at -1 but, at first, `vocab_size`.
+
+    `sync_factors[l]` is the pair (attention, MLP) of layer l's synchronisation factors.
+    """
+
+    layers: int
+    embed_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int
+    tied_head: bool
+    rope_base: float
+    norm_epsilon: float
+    tp_shards: int
+    sync_factors: tuple[tuple[float, float], ...]
+
+    @property
+    def sync_widths(self) -> tuple[tuple[int, int], ...]:
+        """D_s = int(D·p) of every layer's (attention, MLP)."""
+        return tuple(
+            tuple(int(self.embed_dim * p) for p in pair) for pair in self.sync_factors
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """`config.compute`; the wire dtypes are never empty."""
+
+    dtype: str
+    forward_wire_dtype: str
+    backward_wire_dtype: str
+    remat: bool
+    scan_layers: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """`config.mesh`; sizes may be -1 until `resolve_mesh`."""
+
+    data: int
+    fsdp: int
+    model: int
+    simulated_devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`config.data`."""
+
+    tfds_name: str
+    files: str
+    tfds_data_dir: str
+    text_feature: str
+    train_split: str
+    eval_split: str
+    holdout_every: int
+    encoding_errors: str
+    tokenizer: str
+    cache_dir: str
+    sequence_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """`config.optimizer`, `decay_steps` worked out."""
+
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    gradient_clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`config.train`."""
+
+    steps: int
+    global_batch: int
+    accumulation_steps: int
+    log_every: int
+    eval_every: int
+    eval_sequences: int
+    checkpoint_every: int
+    checkpoints_to_keep: int
+    profile_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole configuration, checked."""
+
+    seed: int
+    model: Architecture
+    compute: Compute
+    mesh: MeshConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    def with_vocabulary(self, tokenizer_size: int) -> "Config":
+        """Fills in or checks `model.vocab_size` against a tokeniser of that many ids."""
+        model = self.model
+        multiple = math.ceil(tokenizer_size / model.tp_shards) * model.tp_shards
+        if model.vocab_size == -1:
+            return dataclasses.replace(
+                self, model=dataclasses.replace(model, vocab_size=multiple)
+            )
+        if tokenizer_size > model.vocab_size:
+            raise InputError(
+                f"data.tokenizer={self.data.tokenizer} has {tokenizer_size} ids, more than"
+                f" model.vocab_size={model.vocab_size}; use model.vocab_size={multiple} or more,"
+                " or -1 to let it be worked out"
+            )
+        return self
+
+
+def resolve(config: ConfigDict) -> Config:
+    """Checks every field on its own and against its neighbours.
+
+    Raises:
+      InputError: naming the field, its value and what is allowed.
+    """
+    sequence_length, train = config.data.sequence_length, TrainConfig(**config.train)
+    _check_train(train)
+    optimizer = dict(config.optimizer)
+    if optimizer["decay_steps"] == -1:
+        optimizer["decay_steps"] = train.steps
+    optimizer = OptimizerConfig(**optimizer)
+    _check_optimizer(optimizer)
+    data = DataConfig(**config.data)
+    _check_data(data)
+    _at_least("data.sequence_length", sequence_length, 1)
+    mesh = MeshConfig(**config.mesh)
+    model = _architecture(dict(config.model))
+    _check_mesh(mesh, model.tp_shards)
+    return Config(
+        seed=config.seed,
+        model=model,
+        compute=_compute(dict(config.compute)),
+        mesh=mesh,
+        data=data,
+        optimizer=optimizer,
+        train=train,
+    )
+
+
+def resolve_mesh(mesh: MeshConfig, tp_shards: int, train: TrainConfig, devices: int) -> MeshConfig:
+    """Works out mesh sizes left at -1 for so many devices, and checks that all are used.
+
+    `model` becomes the largest divisor of `tp_shards` that fits; then the first of `data`, `fsdp`
+    that is -1 takes the rest.
+
+    Raises:
+      InputError: the sizes do not multiply to the device count, or the batch does not divide.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "model")}
+    remaining, impossible = divmod(devices, math.prod(n for n in sizes.values() if n != -1))
+    if not impossible:
+        if sizes["model"] == -1:
+            sizes["model"] = math.gcd(remaining, tp_shards)
+            remaining //= sizes["model"]
+        for axis in ("data", "fsdp"):
+            if sizes[axis] == -1:
+                sizes[axis], remaining = remaining, 1
+    if impossible or remaining != 1:
+        written = ", ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in sizes)
+        raise InputError(
+            f"{written} do not use the {devices} devices present; sizes must multiply to"
+            f" {devices} (-1 is worked out; mesh.simulated_devices starts more on a CPU)"
+        )
+    ways = sizes["data"] * sizes["fsdp"] * train.accumulation_steps
+    if train.global_batch % ways:
+        raise InputError(
+            f"train.global_batch={train.global_batch} does not divide over mesh.data"
+            f"={sizes['data']} × mesh.fsdp={sizes['fsdp']} × train.accumulation_steps"
+            f"={train.accumulation_steps}; it must be a multiple of {ways}:"
+            f" {_nearest_multiples(train.global_batch, ways)}"
+        )
+    return dataclasses.replace(mesh, **sizes)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """A JSON-able dictionary; `from_json` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_json(fields: dict[str, Any]) -> Config:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+      InputError: it was written by another version of this project, with other fields.
+    """
+    try:
+        model = dict(fields["model"])
+        model["sync_factors"] = tuple(tuple(pair) for pair in model["sync_factors"])
+        return Config(
+            seed=fields["seed"],
+            model=Architecture(**model),
+            compute=Compute(**fields["compute"]),
+            mesh=MeshConfig(**fields["mesh"]),
+            data=DataConfig(**fields["data"]),
+            optimizer=OptimizerConfig(**fields["optimizer"]),
+            train=TrainConfig(**fields["train"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"the stored configuration has other fields than this version's ({error})"
+        ) from error
+
+
+def difference(stored: Any, given: Any, name: str) -> list[str]:
+    """The fields of two dataclasses of one type that differ, as `name.field: stored, given`."""
+    return [
+        f"{name}.{field.name}: {getattr(stored, field.name)} there, {getattr(given, field.name)}"
+        " asked for"
+        for field in dataclasses.fields(stored)
+        if getattr(stored, field.name) != getattr(given, field.name)
+    ]
+
+
+def unknown_field(name: str, config: ConfigDict) -> str:
+    """The one line for a field that does not exist, with the nearest that does."""
+    names = [
+        f"{section}.{field}" if isinstance(config[section], ConfigDict) else section
+        for section in config
+        for field in (config[section] if isinstance(config[section], ConfigDict) else (section,))
+    ]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f"config.{name} is not a field; did you mean config.{nearest[0]}? (all: configs/base.py)"
+
+
+def _architecture(model: dict[str, Any]) -> Architecture:
+    for field in ("layers", "embed_dim", "heads", "kv_heads", "mlp_dim", "tp_shards"):
+        _at_least(f"model.{field}", model[field], 1)
+    shards = model["tp_shards"]
+    for field in ("heads", "kv_heads", "mlp_dim", "vocab_size"):
+        value = model[field]
+        if field == "vocab_size" and value == -1:
+            continue
+        _at_least(f"model.{field}", value, 1)
+        if value % shards:
+            hint = ", or pad the vocabulary with model.vocab_size=-1" * (field == "vocab_size")
+            raise InputError(
+                f"model.{field}={value} does not divide over model.tp_shards={shards};"
+                f" the nearest that do: {_nearest_multiples(value, shards)}{hint}"
+            )
+    if model["heads"] % model["kv_heads"]:
+        raise InputError(
+            f"model.kv_heads={model['kv_heads']} does not divide model.heads={model['heads']}"
+        )
+    if model["head_dim"] == -1:
+        if model["embed_dim"] % model["heads"]:
+            raise InputError(
+                f"model.embed_dim={model['embed_dim']} does not divide over model.heads"
+                f"={model['heads']}: give model.head_dim, or an embed_dim of"
+                f" {_nearest_multiples(model['embed_dim'], model['heads'])}"
+            )
+        model["head_dim"] = model["embed_dim"] // model["heads"]
+    if model["head_dim"] < 2 or model["head_dim"] % 2:
+        raise InputError(
+            f"model.head_dim={model['head_dim']}: rotary embedding needs an even number above 0"
+        )
+    for field in ("rope_base", "norm_epsilon"):
+        _above_zero(f"model.{field}", model[field])
+    factor, per_layer = model.pop("sync_factor"), model.pop("sync_factor_per_layer")
+    return Architecture(
+        **model, sync_factors=_sync_factors(factor, per_layer, layers=model["layers"])
+    )
+
+
+def _sync_factors(factor: float, per_layer: tuple, layers: int) -> tuple[tuple[float, float], ...]:
+    name = "model.sync_factor_per_layer" if per_layer else "model.sync_factor"
+    entries = tuple(per_layer) or (factor,) * layers
+    if len(entries) != layers:
+        raise InputError(
+            f"{name} has {len(entries)} entries; it must have one for each of the"
+            f" model.layers={layers}"
+        )
+    pairs = []
+    for entry in entries:
+        pair = tuple(entry) if isinstance(entry, (tuple, list)) else (entry, entry)
+        if len(pair) != 2 or not all(isinstance(p, (int, float)) for p in pair):
+            raise InputError(
+                f"{name}: {entry!r} must be a number or a pair of numbers (attention, MLP)"
+            )
+        for p in pair:
+            if not 0 <= p <= 1:
+                raise InputError(f"{name}={p} is outside [0, 1]")
+        pairs.append((float(pair[0]), float(pair[1])))
+    return tuple(pairs)
+
+
+def _compute(compute: dict[str, Any]) -> Compute:
+    compute["forward_wire_dtype"] = compute["forward_wire_dtype"] or compute["dtype"]
+    for field in ("dtype", "forward_wire_dtype", "backward_wire_dtype"):
+        _one_of(f"compute.{field}", compute[field], DTYPES)
+    return Compute(**compute)
+
+
+def _check_mesh(mesh: MeshConfig, tp_shards: int) -> None:
+    for axis in ("data", "fsdp", "model"):
+        size = getattr(mesh, axis)
+        if size != -1 and size < 1:
+            raise InputError(f"mesh.{axis}={size} must be at least 1, or -1 to be worked out")
+    if mesh.model != -1 and tp_shards % mesh.model:
+        divisors = [m for m in range(1, tp_shards + 1) if tp_shards % m == 0]
+        raise InputError(
+            f"mesh.model={mesh.model} does not divide model.tp_shards={tp_shards};"
+            f" allowed: {', '.join(map(str, divisors))}"
+        )
+    _at_least("mesh.simulated_devices", mesh.simulated_devices, 0)
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.tfds_name and data.files:
+        raise InputError(
+            f"data.tfds_name={data.tfds_name} and data.files={data.files} are both given; give one"
+        )
+    _at_least("data.holdout_every", data.holdout_every, 2)
+    _one_of("data.encoding_errors", data.encoding_errors, ("strict", "replace", "ignore"))
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _above_zero("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
+    if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
+        raise InputError(
+            f"optimizer.final_learning_rate={optimizer.final_learning_rate} is outside"
+            f" [0, optimizer.peak_learning_rate={optimizer.peak_learning_rate}]"
+        )
+    _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    if optimizer.decay_steps <= optimizer.warmup_steps:
+        raise InputError(
+            f"optimizer.decay_steps={optimizer.decay_steps} (train.steps when -1) must be above"
+            f" optimizer.warmup_steps={optimizer.warmup_steps}"
+        )
+    for field in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, field) < 1:
+            raise InputError(f"optimizer.{field}={getattr(optimizer, field)} is outside [0, 1)")
+    _above_zero("optimizer.epsilon", optimizer.epsilon)
+    _above_zero("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm)
+    if optimizer.weight_decay < 0:
+        raise InputError(f"optimizer.weight_decay={optimizer.weight_decay} must be 0 or more")
+
+
+def _check_train(train: TrainConfig) -> None:
+    for field in (
+        "steps",
+        "global_batch",
+        "accumulation_steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "checkpoints_to_keep",
+    ):
+        _at_least(f"train.{field}", getattr(train, field), 1)
+    if train.eval_sequences != -1:
+        _at_least("train.eval_sequences", train.eval_sequences, 1)
+
+
+def _at_least(name: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise InputError(f"{name}={value} must be at least {smallest}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    # `not >` rather than `<=`: it also refuses nan.
+    if not value > 0:
+        raise InputError(f"{name}={value} must be above 0")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below, above = value // divisor * divisor, math.ceil(value / divisor) * divisor
+    return f"{below} or {above}" if below else str(above)

@@ -1,0 +1,105 @@
+"""Every field there is, with its default.  The other files in this folder override some of them.
+
+Not meant to be run as it is: it describes no particular model.  Any field can be overridden on
+the command line, for example `--config.model.sync_factor=0.25`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # Seeds the initial parameters and the order of the training sequences.
+    config.seed = 0
+
+    # The architecture: what the function is.  Stored with every checkpoint and compared on restore.
+    config.model = ConfigDict(
+        dict(
+            layers=4,
+            embed_dim=256,  # D, the width of the residual stream
+            heads=8,
+            kv_heads=8,  # fewer than heads: grouped-query attention
+            head_dim=-1,  # -1: embed_dim / heads
+            mlp_dim=768,
+            vocab_size=-1,  # -1: the tokeniser's, rounded up to a multiple of tp_shards
+            tied_head=False,  # True: the output matrix is the embedding
+            rope_base=10_000.0,
+            norm_epsilon=1e-5,
+            tp_shards=8,  # S
+            sync_factor=1.0,  # p of every sublayer
+            # p per layer, instead of sync_factor when not empty: one entry a layer, each a number
+            # or a pair (attention, MLP), e.g. (1.0, 0.5, (0.5, 0.0), 0.5).
+            sync_factor_per_layer=(),
+        )
+    )
+
+    # How the function is computed: never changes what it is.
+    config.compute = ConfigDict(
+        dict(
+            dtype="float32",  # of activations and matrix products: float32 or bfloat16
+            forward_wire_dtype="",  # of the forward partial channel-reduce; empty: as dtype
+            backward_wire_dtype="float32",  # of its transpose, in the backward pass
+            remat=False,  # recompute each layer in the backward pass (its all-reduces excepted)
+            scan_layers=True,  # False unrolls the layers: slower to compile, faster on CPUs
+        )
+    )
+
+    # Mesh sizes; -1 is worked out from the devices present: `model` becomes the largest divisor
+    # of tp_shards that fits, then `data` takes what is left.
+    config.mesh = ConfigDict(
+        dict(
+            data=-1,
+            fsdp=1,
+            model=-1,
+            simulated_devices=0,  # CPU only: how many devices to simulate; 0: no simulation
+        )
+    )
+
+    config.data = ConfigDict(
+        dict(
+            # One of these two; with both empty, the running Python's standard library source.
+            tfds_name="",  # a TFDS dataset prepared as array_record, e.g. "c4/en:3.0.1"
+            files="",  # a glob of UTF-8 text files, one document each, e.g. "~/books/**/*.txt"
+            tfds_data_dir="",  # where TFDS datasets lie; empty: TFDS's own default
+            text_feature="text",  # the feature of a TFDS dataset that holds the document
+            train_split="train",
+            # Empty: validation documents are held out of train_split, one in holdout_every, by a
+            # digest of their text, so that identical documents fall on one side.
+            eval_split="",
+            holdout_every=20,
+            encoding_errors="strict",  # bytes that are not UTF-8: strict, replace or ignore
+            tokenizer="bytes",  # "bytes", a SentencePiece *.model or a Hugging Face tokenizer.json
+            cache_dir="~/.cache/caat_jax",  # tokenised corpora
+            sequence_length=256,  # T
+        )
+    )
+
+    config.optimizer = ConfigDict(
+        dict(
+            peak_learning_rate=1e-3,
+            final_learning_rate=1e-4,
+            warmup_steps=20,
+            decay_steps=-1,  # the step at which the final rate is reached; -1: train.steps
+            beta1=0.9,
+            beta2=0.95,
+            epsilon=1e-8,
+            weight_decay=0.1,  # of matrices only
+            gradient_clip_norm=1.0,
+        )
+    )
+
+    config.train = ConfigDict(
+        dict(
+            steps=100,
+            global_batch=16,  # sequences in one optimizer step, all devices and accumulation together
+            accumulation_steps=1,  # split each batch into this many, one after the other
+            log_every=1,
+            eval_every=100,  # and at the last step
+            eval_sequences=256,  # validation sequences a validation loss reads; -1: all
+            checkpoint_every=100,  # and at the last step
+            checkpoints_to_keep=2,
+            profile_step=-1,  # write one jax.profiler trace of this step; -1: none
+        )
+    )
+    return config.lock()
