@@ -1,0 +1,184 @@
+"""The sublayers of the decoder, on the shards that one device holds.
+
+Modules hold the weights of all layers, stacked along a leading axis: `transformer.py` hands each
+call the weights of one.  Each weight is declared once, with its shape, logical axes and initial
+standard deviation; how it is stored, decayed, saved and exported is derived from that.
+
+Axis letters: N layers, B batch, T sequence, D residual width, H heads, K key/value heads, h width
+of a head, F MLP width, G groups of shards on this device (`partial_sync.py`).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from caat_jax import partial_sync
+from caat_jax.config import Architecture
+from caat_jax.partial_sync import Stream, Wire
+
+INITIAL_STD = 0.02
+
+
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], logical_axes: tuple[str, ...], std: float = INITIAL_STD
+) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std²)."""
+    return nnx.Param(std * rngs.params.normal(shape, jnp.float32), logical_axes=logical_axes)
+
+
+def norm_scale(shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> nnx.Param:
+    """γ of an RMSNorm: a float32 parameter, 1 at first."""
+    return nnx.Param(jnp.ones(shape, jnp.float32), logical_axes=logical_axes)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary embedding and grouped queries."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        N, D, H, K, h = arch.layers, arch.embed_dim, arch.heads, arch.kv_heads, arch.head_dim
+        self.norm = norm_scale((N, D), ("layers", "norm"))
+        self.query = weight(rngs, (N, D, H, h), ("layers", "embed", "heads", "head_dim"))
+        self.key = weight(rngs, (N, D, K, h), ("layers", "embed", "kv_heads", "head_dim"))
+        self.value = weight(rngs, (N, D, K, h), ("layers", "embed", "kv_heads", "head_dim"))
+        self.output = weight(
+            rngs, (N, H, h, D), ("layers", "heads", "head_dim", "embed"), output_std(arch)
+        )
+        self.arch = arch
+
+    def __call__(
+        self,
+        stream: Stream,
+        rotation: tuple[jax.Array, jax.Array],
+        *,
+        sync_width: int,
+        wire: Wire,
+    ) -> Stream:
+        """The streams after the sublayer; `rotation` is that of `rotary_angles`."""
+        arch, G = self.arch, stream.groups
+        weights = [w[...].reshape(arch.embed_dim, G, -1) for w in (self.query, self.key, self.value)]
+        projected = partial_sync.norm_and_project(
+            stream,
+            self.norm[...],
+            jnp.concatenate(weights, axis=-1),
+            epsilon=arch.norm_epsilon,
+        )
+        ends = np.cumsum([w.shape[-1] for w in weights])
+        query, key, value = (
+            part.reshape(*part.shape[:-1], -1, arch.head_dim)
+            for part in jnp.split(projected, ends[:-1], axis=-1)
+        )
+        attended = causal_attention(rotate(query, rotation), rotate(key, rotation), value)
+        return partial_sync.project_and_add(
+            stream,
+            attended.reshape(*attended.shape[:-2], -1),
+            self.output[...].reshape(G, -1, arch.embed_dim),
+            sync_width=sync_width,
+            tp_shards=arch.tp_shards,
+            wire=wire,
+        )
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: (silu(x @ gate) ⊙ (x @ up)) @ down."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        N, D, F = arch.layers, arch.embed_dim, arch.mlp_dim
+        self.norm = norm_scale((N, D), ("layers", "norm"))
+        self.gate = weight(rngs, (N, D, F), ("layers", "embed", "mlp"))
+        self.up = weight(rngs, (N, D, F), ("layers", "embed", "mlp"))
+        self.down = weight(rngs, (N, F, D), ("layers", "mlp", "embed"), output_std(arch))
+        self.arch = arch
+
+    def __call__(self, stream: Stream, *, sync_width: int, wire: Wire) -> Stream:
+        """The streams after the sublayer."""
+        arch, G = self.arch, stream.groups
+        weights = [w[...].reshape(arch.embed_dim, G, -1) for w in (self.gate, self.up)]
+        projected = partial_sync.norm_and_project(
+            stream,
+            self.norm[...],
+            jnp.concatenate(weights, axis=-1),
+            epsilon=arch.norm_epsilon,
+        )
+        return partial_sync.project_and_add(
+            stream,
+            swiglu(projected),
+            self.down[...].reshape(G, -1, arch.embed_dim),
+            sync_width=sync_width,
+            tp_shards=arch.tp_shards,
+            wire=wire,
+        )
+
+
+def output_std(arch: Architecture) -> float:
+    """Initial standard deviation of the output projections: 0.02/√(2·layers)."""
+    return INITIAL_STD / math.sqrt(2 * arch.layers)
+
+
+# Only its input is kept for the backward pass, not every factor of the product.
+@jax.checkpoint
+def swiglu(gate_and_up: jax.Array) -> jax.Array:
+    """silu(gate) ⊙ up of an array [..., 2·n] that holds the two side by side."""
+    gate, up = jnp.split(gate_and_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def rotary_angles(
+    positions_T: jax.Array, head_dim: int, base: float
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) [T, 1, h/2] in float32 of the rotary embedding at these positions."""
+    frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = positions_T.astype(jnp.float32)[:, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding in the half-split layout: channel i turns with channel i + h/2.
+
+    Args:
+      x: [..., T, heads, h].
+      rotation: (cos, sin) [T, 1, h/2].
+    """
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(q·kᵀ/√h, causal) · v, for grouped queries: query head i uses key head i // (H/K).
+
+    Queries are taken in blocks, each against the keys up to its own end, so that most of the upper
+    triangle is never computed.  Scores and softmax are float32.
+
+    Args:
+      query: [G, B, T, H, h].
+      key: [G, B, T, K, h].
+      value: [G, B, T, K, h].
+
+    Returns:
+      [G, B, T, H, h]
+    """
+    T, H, h = query.shape[2:]
+    K = key.shape[3]
+    # Heads before positions: batched matrix products want their batch axes first.
+    query = jnp.moveaxis(query.reshape(*query.shape[:3], K, H // K, h), 2, -2)
+    key, value = jnp.moveaxis(key, 2, -2), jnp.moveaxis(value, 2, -2)
+    block = max(64, -(-T // 8))
+    blocks = []
+    for begin in range(0, T, block):
+        end = min(begin + block, T)
+        scores = jnp.einsum(
+            "gbkrqh,gbkth->gbkrqt",
+            query[..., begin:end, :],
+            key[..., :end, :],
+            preferred_element_type=jnp.float32,
+        )
+        visible = np.arange(end) <= np.arange(begin, end)[:, None]
+        scores = jnp.where(visible, scores / math.sqrt(h), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        blocks.append(jnp.einsum("gbkrqt,gbkth->gbkrqh", weights, value[..., :end, :]))
+    attended = jnp.moveaxis(jnp.concatenate(blocks, axis=-2), -2, 2)
+    return attended.reshape(*attended.shape[:3], H, h)

@@ -1,0 +1,50 @@
+"""Cross-entropy over a vocabulary that is split over the `model` mesh axis."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.custom_vjp
+def cross_entropy(logits_GBTv: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """−log softmax(logits)[target] of every token, in nats; 0 where the target is negative.
+
+    Runs inside `jax.shard_map`; no device sees the logits of another: only one number a token is
+    reduced by maximum and two by sum.
+
+    Args:
+      logits_GBTv: float32 [G, B, T, v], this device's part of the vocabulary in G groups.
+      targets_BT: int32 [B, T], the ids of the next tokens; negative ones are not counted.
+
+    Returns:
+      float32 [B, T], equal on all devices of the `model` axis.
+    """
+    return _forward(logits_GBTv, targets_BT)[0]
+
+
+def _forward(logits, targets):
+    largest = lax.pmax(jnp.max(logits, axis=(0, -1)), "model")
+    exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), axis=(0, -1))
+    target_logit = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=(0, -1))
+    exponentials, target_logit = lax.psum((exponentials, target_logit), "model")
+    log_normaliser = largest + jnp.log(exponentials)
+    losses = jnp.where(targets >= 0, log_normaliser - target_logit, 0.0)
+    return losses, (logits, targets, log_normaliser)
+
+
+def _backward(residuals, gradient):
+    # d loss / d logit = softmax − one-hot: recomputed from the logits in one pass.
+    logits, targets, log_normaliser = residuals
+    gradient = jnp.where(targets >= 0, gradient, 0.0)[..., None]
+    softmax = jnp.exp(logits - log_normaliser[..., None])
+    return gradient * (softmax - _is_target(logits, targets)), None
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    groups, _, _, columns = logits.shape
+    first = lax.axis_index("model") * groups * columns
+    ids = first + jnp.arange(groups)[:, None] * columns + jnp.arange(columns)
+    return ids[:, None, None, :] == targets[..., None]
+
+
+cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,180 @@
+"""Tensor parallelism with partially synchronised activations: the method (arXiv:2506.19645, §3).
+
+Everything here runs inside `jax.shard_map`.  The architecture has S shards; a device of the `model`
+mesh axis (size M) holds L = S/M of them.  Shard j owns a residual stream x_j [B, T, D].  A sublayer
+adds to it
+
+    z_j[..., :D_s] = Σ_k y_k[..., :D_s]      summed over all shards: the only communication
+    z_j[..., D_s:] = √S · y_j[..., D_s:]     the shard's own
+
+where y_j is the product of shard j's activations and its rows of the output projection.  Backward is
+the exact derivative: the same sum, over the gradients of the first D_s channels.
+
+How a device keeps its L streams (`Stream`).  Channels that are equal on all its shards are kept
+once, the others for each group of shards:
+
+    G = 1, w = D   one array [B, T, D], when L = 1 or nothing is private anywhere: as in a dense model
+    G = L, w < D   w common channels [B, T, w], and [L, B, T, D - w] private ones
+
+w is the smallest D_s of any sublayer: a channel that is private once stays private.
+
+Axis letters: B batch, T sequence, D residual width, G groups of shards on this device, w common
+channels, n columns of a shard group, k rows of a shard group.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+# Rematerialisation keeps the activations of this name, so that no all-reduce is repeated.
+REDUCED = "partial_channel_reduce"
+
+
+class Wire(NamedTuple):
+    """The types in which a reduction travels, forward and backward."""
+
+    forward: jnp.dtype
+    backward: jnp.dtype
+
+
+class Stream(NamedTuple):
+    """This device's residual streams: `common` [B, T, w], `private` [G, B, T, D - w]."""
+
+    common: jax.Array
+    private: jax.Array
+
+    @property
+    def groups(self) -> int:
+        return self.private.shape[0]
+
+
+def all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:
+    """Sums over the `model` axis; backward, sums the gradients over it.
+
+    The result counts as varying over the axis although its values are equal: that is what makes
+    the transpose of `pcast` the backward all-reduce.
+    """
+    total = checkpoint_name(lax.psum(partial.astype(wire.forward), "model"), REDUCED)
+    return lax.pcast(total.astype(wire.backward), "model", to="varying").astype(partial.dtype)
+
+
+def start(x_BTD: jax.Array, local_shards: int, smallest_sync_width: int) -> Stream:
+    """The streams x_j = x for every shard j of this device."""
+    batch, length, width = x_BTD.shape
+    if local_shards == 1 or smallest_sync_width == width:
+        return Stream(x_BTD, jnp.zeros((1, batch, length, 0), x_BTD.dtype))
+    private = x_BTD[None, :, :, smallest_sync_width:]
+    return Stream(
+        x_BTD[:, :, :smallest_sync_width],
+        jnp.broadcast_to(private, (local_shards, *private.shape[1:])),
+    )
+
+
+def norm_and_project(
+    stream: Stream,
+    scale_D: jax.Array,
+    weight_DGn: jax.Array,
+    *,
+    epsilon: float,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
+    """RMSNorm of every shard's stream, times that shard's columns: [G, B, T, n].
+
+    RMSNorm(x; γ) @ W = (x @ (γ ⊙ W)) / rms(x): the root mean square is one number a token, so it
+    commutes with the product, and the normalised stream is never written to memory.
+
+    Args:
+      stream: the residual streams, in the type of the matrix product.
+      scale_D: γ, float32.
+      weight_DGn: the columns of this device's shards, by group.
+      epsilon: added to the mean square.
+      out_dtype: of the result; the stream's type by default.
+    """
+    common, private = stream
+    width = common.shape[-1]
+    dtype = common.dtype
+    out_dtype = dtype if out_dtype is None else out_dtype
+    scaled = (scale_D[:, None, None] * weight_DGn).astype(dtype)
+    product = 0.0
+    square_sum = 0.0
+    if width:
+        product = jnp.einsum(
+            "btd,dgn->gbtn", common, scaled[:width], preferred_element_type=out_dtype
+        )
+        square_sum = jnp.sum(jnp.square(common.astype(jnp.float32)), axis=-1)
+    if private.shape[-1]:
+        product += jnp.einsum(
+            "gbtd,dgn->gbtn", private, scaled[width:], preferred_element_type=out_dtype
+        )
+        square_sum += jnp.sum(jnp.square(private.astype(jnp.float32)), axis=-1)
+    inverse_rms = lax.rsqrt(square_sum / scale_D.shape[0] + epsilon)
+    return _scale(product, jnp.broadcast_to(inverse_rms, product.shape[:-1]))
+
+
+def project_and_add(
+    stream: Stream,
+    activations_GBTk: jax.Array,
+    weight_GkD: jax.Array,
+    *,
+    sync_width: int,
+    tp_shards: int,
+    wire: Wire,
+) -> Stream:
+    """Output projection, partial channel-reduce and residual connection of one sublayer.
+
+    Args:
+      stream: the residual streams.
+      activations_GBTk: what the shards' heads or MLP columns computed.
+      weight_GkD: the rows of the output projection that belong to them.
+      sync_width: D_s of this sublayer.
+      tp_shards: S.
+      wire: the types of the reduction.
+
+    Returns:
+      The streams after the sublayer.
+    """
+    common, private = stream
+    dtype = common.dtype
+    parts = []
+    if sync_width:
+        weight = weight_GkD[..., :sync_width].astype(dtype)
+        partial = jnp.einsum("gbtk,gkd->btd", activations_GBTk, weight)
+        parts.append(all_reduce(partial, wire)[None])
+    if sync_width < weight_GkD.shape[-1]:
+        # √S goes into the weight: that is a smaller array than the activations.
+        weight = (math.sqrt(tp_shards) * weight_GkD[..., sync_width:]).astype(dtype)
+        parts.append(jnp.einsum("gbtk,gkd->gbtd", activations_GBTk, weight))
+    if stream.groups == 1:
+        return Stream(common + jnp.concatenate(parts, axis=-1)[0], private)
+    width = common.shape[-1]
+    if width:
+        common += parts[0][0, ..., :width]
+        parts[0] = parts[0][..., width:]
+    if private.shape[-1]:
+        parts = [jnp.broadcast_to(p, (stream.groups, *p.shape[1:])) for p in parts if p.shape[-1]]
+        private += jnp.concatenate(parts, axis=-1)
+    return Stream(common, private)
+
+
+@jax.custom_vjp
+def _scale(product_GBTn: jax.Array, factor_GBT: jax.Array) -> jax.Array:
+    return (product_GBTn * factor_GBT[..., None]).astype(product_GBTn.dtype)
+
+
+def _scale_forward(product, factor):
+    scaled = _scale(product, factor)
+    return scaled, (scaled, factor)
+
+
+def _scale_backward(residuals, gradient):
+    # From the scaled product, which later operations keep anyway; autodiff would keep both.
+    scaled, factor = residuals
+    factor_gradient = jnp.sum(gradient.astype(jnp.float32) * scaled, axis=-1) / factor
+    return (gradient * factor[..., None]).astype(gradient.dtype), factor_gradient
+
+
+_scale.defvjp(_scale_forward, _scale_backward)

@@ -1,0 +1,110 @@
+"""The mesh, and the one table that lays every array out on it.
+
+Arrays name their axes logically ("heads", "batch"); `LOGICAL_AXIS_RULES` says which mesh axes each
+name is split over.  Everything else is derived from it: how parameters are stored, the specs at the
+boundary of `jax.shard_map`, what is gathered before use, and which axes a gradient is summed over.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from caat_jax.config import MeshConfig
+from caat_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "model")
+
+LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "sequence": (),
+    "shards": ("model",),  # one residual stream for every tensor-parallel shard
+    # parameters
+    "layers": (),
+    "vocab": ("model",),
+    "heads": ("model",),
+    "kv_heads": ("model",),
+    "mlp": ("model",),
+    "embed": ("fsdp",),  # D as an axis of a weight: stored in parts, gathered before use
+    "head_dim": (),
+    "norm": (),
+}
+
+
+def partition_spec(logical_axes: tuple[str, ...]) -> P:
+    """The `PartitionSpec` of an array with these logical axes.
+
+    Raises:
+      ValueError: a name is not in the table, or two axes map to one mesh axis.
+    """
+    unknown = [name for name in logical_axes if name not in LOGICAL_AXIS_RULES]
+    if unknown:
+        raise ValueError(f"no rule for logical axis {unknown[0]!r}; add it to LOGICAL_AXIS_RULES")
+    mesh_axes = [axis for name in logical_axes for axis in LOGICAL_AXIS_RULES[name]]
+    if len(set(mesh_axes)) != len(mesh_axes):
+        raise ValueError(f"{logical_axes} would use a mesh axis twice: {mesh_axes}")
+    return P(*(LOGICAL_AXIS_RULES[name] or None for name in logical_axes))
+
+
+def create_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh (`data`, `fsdp`, `model`) over these devices, all of this job's by default.
+
+    `model` is the innermost axis: on TPUs and within a GPU host it gets the fastest links.
+    """
+    shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(shape) != len(devices):
+        raise InputError(f"a mesh of {shape} needs {math.prod(shape)} devices, not {len(devices)}")
+    return jax.make_mesh(
+        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def named_shardings(mesh: Mesh, specs: Any) -> Any:
+    """A tree of `NamedSharding`s from a tree of `PartitionSpec`s."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch of token sequences [B, T + 1] lies on the mesh."""
+    return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+
+
+# What follows is called inside `jax.shard_map` over the whole mesh.
+
+
+def gather(weight: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
+    """The whole of a weight that is stored in parts over `fsdp`; its transpose reduce-scatters."""
+    for position, name in enumerate(logical_axes):
+        if "fsdp" in LOGICAL_AXIS_RULES[name]:
+            weight = lax.all_gather(weight, "fsdp", axis=position, tiled=True)
+    return weight
+
+
+def mark_varying(parameters: Any, specs: Any) -> Any:
+    """Marks every leaf as varying over all mesh axes.
+
+    Derivatives with respect to the result are the devices' own, not yet summed over anything, so
+    that `sum_gradients` can add them up once, after the layer loop and the accumulation loop.
+    """
+    return jax.tree.map(
+        lambda leaf, spec: lax.pcast(leaf, _replicated_axes(spec), to="varying"), parameters, specs
+    )
+
+
+def sum_gradients(gradients: Any, specs: Any) -> Any:
+    """Sums each gradient over the mesh axes that its parameter is replicated over."""
+
+    return jax.tree.map(lambda g, spec: lax.psum(g, _replicated_axes(spec)), gradients, specs)
+
+
+def _replicated_axes(spec: P) -> tuple[str, ...]:
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    split_over = {axis for entry in entries for axis in entry}
+    return tuple(axis for axis in MESH_AXES if axis not in split_over)

@@ -1,0 +1,140 @@
+"""Sharded initialisation, and the compiled training and evaluation steps.
+
+Forward and backward run inside one `jax.shard_map` over the whole mesh, so that every collective is
+one that is written down: the partial channel-reduce in `partial_sync.py`, the `fsdp` gathers and the
+gradient sums in `sharding.py`, the reductions of the loss in `loss.py`.  The optimizer runs outside
+of it, on global arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from caat_jax import loss, optimizer, sharding
+from caat_jax.config import Config
+from caat_jax.transformer import Blueprint
+
+DATA_AXES = sharding.LOGICAL_AXIS_RULES["batch"]
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes."""
+
+    step: jax.Array  # int32: updates done
+    parameters: Any  # nested dictionary, float32
+    optimizer_state: optax.OptState
+
+
+class Programs:
+    """The programs of one configuration on one mesh; each is compiled at its first call."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config = config
+        self.mesh = mesh
+        self.blueprint = Blueprint(config.model, config.compute)
+        self.optimizer = optimizer.create(config.optimizer, self.blueprint.logical_axes)
+        self.batch_sharding = sharding.batch_sharding(mesh)
+        self.state_shapes = jax.eval_shape(self._initial_state)
+        self.state_shardings = sharding.named_shardings(mesh, self._state_specs())
+        # One state in, one out, in the same memory.
+        self.train_step = jax.jit(
+            self._train_step, donate_argnums=0, out_shardings=(self.state_shardings, None)
+        )
+        self.eval_step = jax.jit(self._shard_map(self._loss_sum, out_specs=(P(), P())))
+
+    def initial_state(self) -> TrainState:
+        """A fresh state, laid out on the mesh; the same values on every mesh."""
+        return jax.jit(self._initial_state, out_shardings=self.state_shardings)()
+
+    def _initial_state(self) -> TrainState:
+        parameters = self.blueprint.initialise(self.config.seed)
+        return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters))
+
+    def _state_specs(self) -> TrainState:
+        specs = self.blueprint.specs
+        return TrainState(
+            P(),
+            specs,
+            optax.tree.map_params(
+                self.optimizer,
+                lambda _, spec: spec,
+                self.state_shapes.optimizer_state,
+                specs,
+                transform_non_params=lambda _: P(),
+            ),
+        )
+
+    def _train_step(
+        self, state: TrainState, batch: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update on a batch of token sequences, int32 [B, T + 1]; negative ids are padding."""
+        loss_and_gradients = self._shard_map(
+            self._loss_and_gradients, out_specs=(P(), self.blueprint.specs)
+        )
+        mean_loss, gradients = loss_and_gradients(state.parameters, batch)
+        updates, optimizer_state = self.optimizer.update(
+            gradients, state.optimizer_state, state.parameters
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+        metrics = {
+            "train/loss": mean_loss,
+            "train/grad_norm": optax.global_norm(gradients),
+            "learning_rate": optimizer.learning_rate(self.config.optimizer)(state.step),
+        }
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(self.blueprint.specs, self.batch_sharding.spec),
+            out_specs=out_specs,
+        )
+
+    # What follows runs on each device's part, inside `shard_map`.
+
+    def _loss_and_gradients(self, parameters: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
+        """Mean loss over all counted targets of the global batch, and its gradient."""
+        count = lax.psum(jnp.sum(batch[:, 1:] >= 0), DATA_AXES)
+        varying = sharding.mark_varying(parameters, self.blueprint.specs)
+
+        def mean_loss(parameters: Any, rows: jax.Array) -> jax.Array:
+            return jnp.sum(self._token_losses(parameters, rows)) / count
+
+        value_and_gradient = jax.value_and_grad(mean_loss)
+
+        def accumulate(total: Any, rows: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_gradient(varying, rows)), None
+
+        steps = self.config.train.accumulation_steps
+        if steps == 1:
+            value, gradients = value_and_gradient(varying, batch)
+        else:
+            microbatches = batch.reshape(steps, -1, batch.shape[1])
+            zeros = jax.tree.map(jnp.zeros_like, varying)
+            zero = lax.pcast(jnp.float32(0), DATA_AXES, to="varying")
+            (value, gradients), _ = lax.scan(accumulate, (zero, zeros), microbatches)
+        return (
+            lax.psum(value, DATA_AXES),
+            sharding.sum_gradients(gradients, self.blueprint.specs),
+        )
+
+    def _loss_sum(self, parameters: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sum of the losses (float32, nats) and number of counted targets of the global batch."""
+        varying = sharding.mark_varying(parameters, self.blueprint.specs)
+        losses = self._token_losses(varying, batch)
+        return (
+            lax.psum(jnp.sum(losses), DATA_AXES),
+            lax.psum(jnp.sum(batch[:, 1:] >= 0), DATA_AXES),
+        )
+
+    def _token_losses(self, parameters: Any, rows: jax.Array) -> jax.Array:
+        """float32 [B, T] of token sequences [B, T + 1]."""
+        logits = self.blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))
+        return loss.cross_entropy(logits, rows[:, 1:])
