@@ -41,9 +41,7 @@ class Architecture:
     @property
     def sync_widths(self) -> tuple[tuple[int, int], ...]:
         """D_s = int(D·p) of every layer's (attention, MLP)."""
-        return tuple(
-            tuple(int(self.embed_dim * p) for p in pair) for pair in self.sync_factors
-        )
+        return tuple(tuple(int(self.embed_dim * p) for p in pair) for pair in self.sync_factors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +129,7 @@ class Config:
         model = self.model
         multiple = math.ceil(tokenizer_size / model.tp_shards) * model.tp_shards
         if model.vocab_size == -1:
-            return dataclasses.replace(
-                self, model=dataclasses.replace(model, vocab_size=multiple)
-            )
+            return dataclasses.replace(self, model=dataclasses.replace(model, vocab_size=multiple))
         if tokenizer_size > model.vocab_size:
             raise InputError(
                 f"data.tokenizer={self.data.tokenizer} has {tokenizer_size} ids, more than"
@@ -173,20 +169,21 @@ def resolve(config: ConfigDict) -> Config:
     )
 
 
-def resolve_mesh(mesh: MeshConfig, tp_shards: int, train: TrainConfig, devices: int) -> MeshConfig:
+def resolve_mesh(config: Config, devices: int) -> MeshConfig:
     """Works out mesh sizes left at -1 for so many devices, and checks that all are used.
 
     `model` becomes the largest divisor of `tp_shards` that fits; then the first of `data`, `fsdp`
     that is -1 takes the rest.
 
     Raises:
-      InputError: the sizes do not multiply to the device count, or the batch does not divide.
+      InputError: the sizes do not multiply to the device count, or the batch or D do not divide.
     """
+    mesh, train = config.mesh, config.train
     sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "model")}
     remaining, impossible = divmod(devices, math.prod(n for n in sizes.values() if n != -1))
     if not impossible:
         if sizes["model"] == -1:
-            sizes["model"] = math.gcd(remaining, tp_shards)
+            sizes["model"] = math.gcd(remaining, config.model.tp_shards)
             remaining //= sizes["model"]
         for axis in ("data", "fsdp"):
             if sizes[axis] == -1:
@@ -201,9 +198,14 @@ def resolve_mesh(mesh: MeshConfig, tp_shards: int, train: TrainConfig, devices: 
     if train.global_batch % ways:
         raise InputError(
             f"train.global_batch={train.global_batch} does not divide over mesh.data"
-            f"={sizes['data']} × mesh.fsdp={sizes['fsdp']} × train.accumulation_steps"
+            f"={sizes['data']} times mesh.fsdp={sizes['fsdp']} times train.accumulation_steps"
             f"={train.accumulation_steps}; it must be a multiple of {ways}:"
             f" {_nearest_multiples(train.global_batch, ways)}"
+        )
+    if config.model.embed_dim % sizes["fsdp"]:
+        raise InputError(
+            f"model.embed_dim={config.model.embed_dim} does not divide over mesh.fsdp"
+            f"={sizes['fsdp']}"
         )
     return dataclasses.replace(mesh, **sizes)
 
@@ -247,15 +249,24 @@ def difference(stored: Any, given: Any, name: str) -> list[str]:
     ]
 
 
-def unknown_field(name: str, config: ConfigDict) -> str:
-    """The one line for a field that does not exist, with the nearest that does."""
-    names = [
-        f"{section}.{field}" if isinstance(config[section], ConfigDict) else section
-        for section in config
-        for field in (config[section] if isinstance(config[section], ConfigDict) else (section,))
+def check_field_names(names: list[str], config: ConfigDict) -> None:
+    """Refuses names such as "model.layer" that are no fields of `config`.
+
+    Raises:
+      InputError: naming the field and the nearest that exists.
+    """
+    known = [
+        f"{section}.{field}" if isinstance(fields, ConfigDict) else section
+        for section, fields in config.items()
+        for field in (fields if isinstance(fields, ConfigDict) else ("",))
     ]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)
-    return f"config.{name} is not a field; did you mean config.{nearest[0]}? (all: configs/base.py)"
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise InputError(
+                f"config.{name} is not a field; the nearest is config.{nearest}"
+                " (configs/base.py has them all)"
+            )
 
 
 def _architecture(model: dict[str, Any]) -> Architecture:

@@ -58,7 +58,9 @@ class Attention(nnx.Module):
     ) -> Stream:
         """The streams after the sublayer; `rotation` is that of `rotary_angles`."""
         arch, G = self.arch, stream.groups
-        weights = [w[...].reshape(arch.embed_dim, G, -1) for w in (self.query, self.key, self.value)]
+        weights = [
+            w[...].reshape(arch.embed_dim, G, -1) for w in (self.query, self.key, self.value)
+        ]
         projected = partial_sync.norm_and_project(
             stream,
             self.norm[...],

@@ -7,13 +7,13 @@ adds to it
     z_j[..., :D_s] = Σ_k y_k[..., :D_s]      summed over all shards: the only communication
     z_j[..., D_s:] = √S · y_j[..., D_s:]     the shard's own
 
-where y_j is the product of shard j's activations and its rows of the output projection.  Backward is
-the exact derivative: the same sum, over the gradients of the first D_s channels.
+where y_j is the product of shard j's activations and its rows of the output projection.  Backward
+is the exact derivative: the same sum, over the gradients of the first D_s channels.
 
 How a device keeps its L streams (`Stream`).  Channels that are equal on all its shards are kept
 once, the others for each group of shards:
 
-    G = 1, w = D   one array [B, T, D], when L = 1 or nothing is private anywhere: as in a dense model
+    G = 1, w = D   one array [B, T, D] as in a dense model: when L = 1 or nothing is private
     G = L, w < D   w common channels [B, T, w], and [L, B, T, D - w] private ones
 
 w is the smallest D_s of any sublayer: a channel that is private once stays private.

@@ -1,9 +1,9 @@
 """Sharded initialisation, and the compiled training and evaluation steps.
 
-Forward and backward run inside one `jax.shard_map` over the whole mesh, so that every collective is
-one that is written down: the partial channel-reduce in `partial_sync.py`, the `fsdp` gathers and the
-gradient sums in `sharding.py`, the reductions of the loss in `loss.py`.  The optimizer runs outside
-of it, on global arrays.
+Forward and backward run inside one `jax.shard_map` over the whole mesh, so that every collective
+is one that is written down: the partial channel-reduce in `partial_sync.py`, the `fsdp` gathers and
+the gradient sums in `sharding.py`, the reductions of the loss in `loss.py`.  The optimizer runs
+outside of it, on global arrays.
 """
 
 from collections.abc import Callable
@@ -138,3 +138,15 @@ class Programs:
         """float32 [B, T] of token sequences [B, T + 1]."""
         logits = self.blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))
         return loss.cross_entropy(logits, rows[:, 1:])
+
+
+def wait_if_simulated(outputs: Any) -> Any:
+    """Waits for a program's outputs when it ran on several simulated CPU devices.
+
+    Two programs with collectives in flight at once can wait there for each other for ever, since
+    the devices share few threads; XLA aborts the process after a minute.  Accelerators run
+    programs in the order of dispatch, so there nothing waits.
+    """
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        jax.block_until_ready(outputs)
+    return outputs

@@ -84,9 +84,7 @@ class Transformer(nnx.Module):
 
             def apply(stream, weights, widths=widths):
                 layer = nnx.merge(graph, self._gathered_tree(weights))
-                stream = layer.attention(
-                    stream, rotation, sync_width=widths[0], wire=self.wire
-                )
+                stream = layer.attention(stream, rotation, sync_width=widths[0], wire=self.wire)
                 return layer.mlp(stream, sync_width=widths[1], wire=self.wire), None
 
             if self.remat:
@@ -113,7 +111,7 @@ class Transformer(nnx.Module):
         return sharding.gather(parameter[...].astype(self.dtype), parameter.logical_axes)
 
     def _gathered_tree(self, layer_weights: Any) -> Any:
-        """One layer's weights, whole over `fsdp`: matrices in the compute type, norms in float32."""
+        """One layer's weights, whole over `fsdp`: matrices in the compute type, norms float32."""
 
         def whole(parameter: nnx.Param) -> nnx.Param:
             axes = parameter.logical_axes[1:]

@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         dict(
             steps=100,
-            global_batch=16,  # sequences in one optimizer step, all devices and accumulation together
+            global_batch=16,  # sequences in one update, over all devices and accumulation steps
             accumulation_steps=1,  # split each batch into this many, one after the other
             log_every=1,
             eval_every=100,  # and at the last step

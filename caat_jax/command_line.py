@@ -1,0 +1,86 @@
+"""What the entry points share: flags, the configuration, and errors as one line."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from caat_jax import config as config_lib
+from caat_jax.errors import InputError
+from configs import base
+
+INPUT_ERROR_EXIT_CODE = 2
+
+
+def config_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE` and, for every field, `--config.section.field=VALUE`."""
+    return config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+
+
+def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> None:
+    """Parses the flags and calls `main(config)`, or `main()` for a command without a config.
+
+    An `InputError`, also one in the flags, becomes one line and exit code 2.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        return _or_exit(lambda: _parse(argv, needs_config=config is not None))
+
+    def call(_: list[str]) -> None:
+        _or_exit(lambda: main(config_lib.resolve(config.value)) if config is not None else main())
+
+    # Orbax and others log every step they take; warnings remain.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    app.run(call, flags_parser=parse)
+
+
+def simulate_devices(mesh: config_lib.MeshConfig) -> None:
+    """Starts `mesh.simulated_devices` CPU devices; other platforms are left as they are.
+
+    To be called before anything asks JAX for its devices.
+    """
+    if mesh.simulated_devices:
+        jax.config.update("jax_num_cpu_devices", mesh.simulated_devices)
+
+
+def _parse(argv: list[str], needs_config: bool) -> list[str]:
+    if needs_config:
+        matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
+        names = [match[1] for match in matches if match]
+        config_lib.check_field_names(names, base.get_config())
+        if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+            raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
+    try:
+        positional = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(_first_line(error)) from None
+    if len(positional) > 1:
+        raise InputError(f"{positional[1]!r} is no flag; flags start with --")
+    if needs_config:
+        try:
+            _ = flags.FLAGS["config"].value
+        except OSError as error:
+            raise InputError(f"--config cannot be read: {_last_line(error)}") from None
+    return positional
+
+
+def _or_exit(function: Callable[[], object]) -> object:
+    try:
+        return function()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(INPUT_ERROR_EXIT_CODE)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()

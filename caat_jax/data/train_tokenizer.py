@@ -1,0 +1,66 @@
+"""Trains a byte-level BPE tokeniser on a corpus' training documents.
+
+    python -m caat_jax.data.train_tokenizer --config=configs/tiny.py --vocab_size=4096 \
+        --output=tokenizer.json
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import tokenizers
+from absl import flags
+
+import caat_jax.config
+from caat_jax import command_line
+from caat_jax.data import corpora
+from caat_jax.errors import InputError
+
+_CONFIG = command_line.config_flag()
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Ids at most, those of bytes included.")
+_OUTPUT = flags.DEFINE_string("output", "tokenizer.json", "The file to write.")
+
+_ROLES = ["<|begin_of_text|>", "<|end_of_text|>"]
+_SMALLEST = 256 + len(_ROLES)
+
+
+def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int:
+    """Writes a Hugging Face tokenizer.json; returns its number of ids.
+
+    Args:
+      data: the corpus; validation documents are not read.
+      vocab_size: ids at most; a small corpus may not hold so many different pairs.
+      output: replaced where it exists.
+
+    Raises:
+      InputError: before any work, when the arguments or the corpus cannot serve.
+    """
+    path = Path(output).expanduser()
+    if vocab_size < _SMALLEST:
+        raise InputError(f"vocab_size={vocab_size} must be at least {_SMALLEST}: bytes, BOS, EOS")
+    if path.suffix != ".json":
+        raise InputError(f"output={output} must end in .json, as data.tokenizer will require")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"output={output} cannot be written")
+    documents = corpora.open_corpus(data).documents("train")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_ROLES,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(documents, trainer, length=len(documents))
+    tokenizer.save(str(path))
+    return tokenizer.get_vocab_size()
+
+
+def main(config: caat_jax.config.Config) -> None:
+    size = train(config.data, _VOCAB_SIZE.value, _OUTPUT.value)
+    print(f"{_OUTPUT.value} has {size} ids; use it with --config.data.tokenizer={_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, _CONFIG)

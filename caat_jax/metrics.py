@@ -1,0 +1,254 @@
+"""What a run measures: the file of metrics, its reader, throughput and model FLOPs.
+
+`WORKDIR/metrics.jsonl` holds one JSON object a line: `{"step": 10, "train/loss": 2.5, ...}`.
+Floats are written as `repr` writes them, so reading gives back the same bits; JSON has no number
+for those that are not finite, so they are the strings "nan", "inf" and "-inf".  A line counts once
+its newline is written: a last line without one was cut off when the run was killed.
+
+TensorBoard events of the same values lie in `WORKDIR/tensorboard/`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from caat_jax.config import Architecture
+from caat_jax.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+# Dense bfloat16 FLOP/s of one device, under the name that `jax.Device.device_kind` gives it.
+# TPUs: "Peak compute per chip (bf16)" of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
+# NVIDIA: the SXM figures of the A100, H100 and H200 data sheets without sparsity, which is half of
+# what the H100's and H200's print (1,979 TFLOP/s, 1,978.9 before rounding in the Hopper white
+# paper).  The H100 PCIe and H200 NVL run slower and have other names.
+_PEAK_BFLOAT16_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}
+
+
+class MetricsWriter:
+    """Appends to `WORKDIR/metrics.jsonl` and to TensorBoard events; one process writes.
+
+    A context manager: leaving it closes both.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
+        """Opens both for appending.
+
+        Args:
+          workdir: a folder of a file system (not a bucket); made when missing.
+          resume_step: the step of the checkpoint that the run continues from.  Lines of later
+            steps, which a run wrote between that checkpoint and its end, are dropped, so that no
+            step is there twice.  None: a run from the beginning, so all lines are dropped.
+
+        Raises:
+          InputError: the file that is there is malformed; the message names the line.
+        """
+        last_step = -1 if resume_step is None else resume_step
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / METRICS_FILE
+        if path.exists():
+            _drop_lines_after(path, last_step)
+        # Line buffering: whoever follows the run sees a line as soon as it is written.
+        self._lines = path.open("a", encoding="utf-8", buffering=1)
+        self._events = SummaryWriter(
+            str(workdir / TENSORBOARD_FOLDER),
+            purge_step=last_step + 1,  # TensorBoard hides older events from this step on
+            # The file name has the time in seconds only; a quick restart must not overwrite.
+            filename_suffix=f".{last_step + 1}",
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line; `values` maps names such as "train/loss" to anything `float` takes."""
+        values = {name: float(value) for name, value in values.items()}
+        line = {"step": step}
+        for name, value in values.items():
+            line[name] = value if math.isfinite(value) else str(value)
+            self._events.add_scalar(name, value, step)
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        """Hands everything written so far to the operating system."""
+        self._lines.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes; nothing can be written afterwards."""
+        self._lines.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads a metrics file, also that of a run that goes on or was killed.
+
+    Returns:
+      For each name: the steps at which it was written (int64) and its values there (float64), in
+      the order of the file.
+
+    Raises:
+      InputError: the file is missing or malformed; the message names the file and the line.
+    """
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for _, step, values in _complete_lines(Path(path)):
+        for name, value in values.items():
+            steps, column = columns.setdefault(name, ([], []))
+            steps.append(step)
+            column.append(value)
+    return {
+        name: (np.array(steps, np.int64), np.array(column, np.float64))
+        for name, (steps, column) in columns.items()
+    }
+
+
+def model_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
+    """Floating-point operations of one training step per token, forward and backward.
+
+    PaLM (arXiv:2204.02311), appendix B: 6·N + 12·layers·heads·head_dim·T.  N counts the matrix
+    parameters a token is multiplied with: projections, MLP and head (with the vocabulary's
+    padding), not the embedding look-up and not the norms.  Attention is causal, so a token meets
+    T/2 others on average and its term is halved here: 6·layers·heads·head_dim·T.
+
+    What rematerialisation computes a second time is not counted: divided by peak FLOP/s this gives
+    model (MFU), not hardware FLOPs utilisation.  The synchronisation factors change nothing: the
+    shards' matrices have the dense model's sizes together, whatever p.
+    """
+    width, head_dim = architecture.embed_dim, architecture.head_dim
+    query_and_output = 2 * width * architecture.heads * head_dim
+    key_and_value = 2 * width * architecture.kv_heads * head_dim
+    gate_up_and_down = 3 * width * architecture.mlp_dim
+    layer = query_and_output + key_and_value + gate_up_and_down
+    matrix_parameters = architecture.layers * layer + width * architecture.vocab_size
+    attention = 6 * architecture.layers * architecture.heads * head_dim * sequence_length
+    return float(6 * matrix_parameters + attention)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """The vendor's dense peak of one device in FLOP/s, or None where none is known.
+
+    Args:
+      device_kind: as `jax.Device.device_kind` has it.
+      dtype: of the matrix products, `config.Compute.dtype`.  Only bfloat16 has figures: vendors
+        give none for float32 on TPUs, and on GPUs it depends on the matmul precision.
+    """
+    return _PEAK_BFLOAT16_FLOPS.get(device_kind) if dtype == "bfloat16" else None
+
+
+class Throughput:
+    """Step time, tokens per second and MFU over the interval since the last measurement."""
+
+    def __init__(
+        self,
+        step: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Starts the first interval.
+
+        Args:
+          step: steps completed so far.
+          tokens_per_step: of the global batch, on all devices together.
+          flops_per_token: see `model_flops_per_token`.
+          peak_flops: FLOP/s of all devices together; None leaves MFU out.
+          clock: seconds since some moment.
+        """
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Starts an interval, so that what went before (evaluation, a save) is not in it."""
+        self._step, self._start = step, self._clock()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The metrics of the steps since the interval's start, which must be some; starts anew.
+
+        Returns:
+          "step_time_ms" (milliseconds), "tokens_per_second" (all devices together) and, where the
+          peak is known, "mfu" (a fraction of 1).
+        """
+        steps, seconds = step - self._step, self._clock() - self._start
+        self.restart(step)
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        measured = {
+            "step_time_ms": 1000 * seconds / steps,
+            "tokens_per_second": tokens_per_second,
+        }
+        if self._peak_flops is not None:
+            measured["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        return measured
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, int, dict[str, float]]]:
+    """Each line that ends with a newline: as it is, its step, and its values by name."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; train.py writes it into its --workdir"
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            values = json.loads(line.decode(), parse_constant=_refuse_constant)
+            step = values.pop("step")
+            if type(step) is not int:
+                raise ValueError(f"its step is {step!r}, not an integer")
+            values = {name: _to_float(name, value) for name, value in values.items()}
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+            reason = str(error) if type(error) is ValueError else "not a JSON object with a step"
+            raise InputError(f"{path}, line {number}: {reason}") from None
+        yield line, step, values
+
+
+def _to_float(name: str, value: Any) -> float:
+    if type(value) in (int, float) or value in _NOT_FINITE:
+        return float(value)
+    raise ValueError(f"{name} is {value!r}; a number or one of {', '.join(_NOT_FINITE)} is allowed")
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f'{constant} is not JSON; a value that is not finite is a string here, "nan"')
+
+
+def _drop_lines_after(path: Path, last_step: int) -> None:
+    """Keeps the complete lines of steps up to `last_step`; the file is replaced in one go."""
+    kept = b"".join(line for line, step, _ in _complete_lines(path) if step <= last_step)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure could leave the new name without its content
+    temporary.replace(path)

@@ -1,0 +1,149 @@
+"""The training loop: what happens at which step."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+
+from caat_jax import config as config_lib
+from caat_jax import sharding
+from caat_jax.checkpoint import Checkpoints
+from caat_jax.config import Config
+from caat_jax.data.loader import train_batches
+from caat_jax.data.token_cache import open_cache
+from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.evaluation import validation_loss
+from caat_jax.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
+from caat_jax.train_step import Programs, wait_if_simulated
+
+
+def train(config: Config, workdir: Path) -> float:
+    """Trains to `train.steps`, from the workdir's newest checkpoint where there is one.
+
+    Returns:
+      The last validation loss, in nats a token.
+
+    Raises:
+      InputError: something given cannot work; nothing is written to the workdir then.
+    """
+    mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = config.with_vocabulary(tokenizer.size)
+    train = config.train
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, to_keep=train.checkpoints_to_keep))
+        first = checkpoints.latest_step()
+        if first is not None:
+            checkpoints.check_architecture(first, config)
+        cache = open_cache(config.data, tokenizer)
+        programs = Programs(config, mesh)
+        batches = train_batches(
+            cache.train,
+            global_batch=train.global_batch,
+            seed=config.seed,
+            sharding=programs.batch_sharding,
+        )
+        if first is None:
+            state = programs.initial_state()
+        else:
+            state, data_state = checkpoints.restore(first, programs)
+            batches.set_state(data_state)
+        writer = stack.enter_context(MetricsWriter(workdir, resume_step=first))
+        done = first or 0
+        log = stack.enter_context(_Log(config, writer, done))
+        loss = None
+        for step in range(done + 1, train.steps + 1):
+            batch = next(batches)
+            with _profiled(step == train.profile_step, workdir), jax.transfer_guard("disallow"):
+                state, values = programs.train_step(state, batch)
+                wait_if_simulated(values)
+            log.step(step, values)
+            last = step == train.steps
+            evaluate = last or step % train.eval_every == 0
+            save = last or step % train.checkpoint_every == 0
+            if evaluate or save:
+                with log.pause(step):
+                    if evaluate:
+                        loss = validation_loss(programs, state.parameters, cache.validation)
+                        log.evaluation(step, loss)
+                    if save:
+                        checkpoints.save(state, step, config, batches.get_state())
+        if loss is None:  # there was nothing left to do
+            loss = validation_loss(programs, state.parameters, cache.validation)
+    return loss
+
+
+class _Log:
+    """Metrics to the writer and the progress bar, one step late.
+
+    Reading a value waits for the step that computes it; by then the next is already dispatched,
+    so that an accelerator never waits for the host.
+    """
+
+    def __init__(self, config: Config, writer: MetricsWriter, done: int):
+        devices = jax.devices()
+        length = config.data.sequence_length
+        peak = peak_flops(devices[0].device_kind, config.compute.dtype)
+        self._train = config.train
+        self._writer = writer
+        self._throughput = Throughput(
+            done,
+            tokens_per_step=config.train.global_batch * length,
+            flops_per_token=model_flops_per_token(config.model, length),
+            peak_flops=peak and peak * len(devices),
+        )
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._bar = tqdm.tqdm(
+            total=config.train.steps,
+            initial=done,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,  # no bar where the output is no terminal
+        )
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._write_pending()
+        self._bar.close()
+
+    def step(self, step: int, values: dict[str, jax.Array]) -> None:
+        self._write_pending()
+        self._bar.update()
+        if step % self._train.log_every == 0 or step == self._train.steps:
+            self._pending = (step, values)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        self._writer.write(step, {"eval/loss": loss})
+        tqdm.tqdm.write(f"step {step}: validation loss {loss:.4f} nats per token", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def pause(self, step: int) -> Iterator[None]:
+        """Leaves what is inside out of the step time; it comes after all metrics up to `step`."""
+        self._write_pending()
+        yield
+        self._throughput.restart(step)
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, values), self._pending = self._pending, None
+        metrics: dict[str, Any] = {name: float(value) for name, value in values.items()}
+        metrics |= self._throughput.measure(step)
+        self._writer.write(step, metrics)
+        self._bar.set_postfix_str(
+            f"loss {metrics['train/loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+
+
+@contextlib.contextmanager
+def _profiled(wanted: bool, workdir: Path) -> Iterator[None]:
+    """Writes a `jax.profiler` trace to `WORKDIR/profile` around what is inside."""
+    with jax.profiler.trace(str(workdir / "profile")) if wanted else contextlib.nullcontext():
+        yield

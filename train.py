@@ -1,0 +1,30 @@
+"""Trains a model, or goes on training it: the same command again resumes.
+
+python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.section.field=VALUE ...]
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from caat_jax import command_line, train_loop
+from caat_jax.config import Config
+
+_CONFIG = command_line.config_flag()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run's checkpoints and metrics lie.", required=True
+)
+
+
+def main(config: Config) -> None:
+    command_line.simulate_devices(config.mesh)
+    loss = train_loop.train(config, Path(_WORKDIR.value))
+    print(
+        f"{config.train.steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"
+        f" metrics.jsonl and TensorBoard events are in {_WORKDIR.value}; next:"
+        f" python eval.py --workdir={_WORKDIR.value}"
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main, _CONFIG)
