@@ -154,6 +154,7 @@ def resolve(config: ConfigDict) -> Config:
     _check_optimizer(optimizer)
     data = DataConfig(**config.data)
     _check_data(data)
+    _at_least("seed", config.seed, 0)
     _at_least("data.sequence_length", sequence_length, 1)
     mesh = MeshConfig(**config.mesh)
     model = _architecture(dict(config.model))

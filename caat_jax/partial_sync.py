@@ -58,6 +58,8 @@ def all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:
     The result counts as varying over the axis although its values are equal: that is what makes
     the transpose of `pcast` the backward all-reduce.
     """
+    if lax.axis_size("model") == 1:
+        return checkpoint_name(partial, REDUCED)
     total = checkpoint_name(lax.psum(partial.astype(wire.forward), "model"), REDUCED)
     return lax.pcast(total.astype(wire.backward), "model", to="varying").astype(partial.dtype)
 

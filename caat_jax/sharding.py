@@ -81,6 +81,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def gather(weight: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
     """The whole of a weight that is stored in parts over `fsdp`; its transpose reduce-scatters."""
+    if lax.axis_size("fsdp") == 1:
+        return weight
     for position, name in enumerate(logical_axes):
         if "fsdp" in LOGICAL_AXIS_RULES[name]:
             weight = lax.all_gather(weight, "fsdp", axis=position, tiled=True)

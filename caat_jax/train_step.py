@@ -84,7 +84,7 @@ class Programs:
         parameters = optax.apply_updates(state.parameters, updates)
         metrics = {
             "train/loss": mean_loss,
-            "train/grad_norm": optax.global_norm(gradients),
+            "train/grad_norm": optax.tree.norm(gradients),
             "learning_rate": optimizer.learning_rate(self.config.optimizer)(state.step),
         }
         return TrainState(state.step + 1, parameters, optimizer_state), metrics

@@ -181,13 +181,14 @@ class Corpus:
     def _split(self, split: str) -> Documents:
         info = self._builder.info
         try:
-            source = self._builder.as_data_source(split, file_format="array_record")
+            examples = info.splits[split].num_examples
         except (KeyError, ValueError) as error:
             raise InputError(
                 f"{info.full_name} has no split {split!r}; it has {', '.join(info.splits)}"
             ) from error
-        if not len(source):
+        if not examples:
             raise InputError(f"split {split!r} of {info.full_name} has no document")
+        source = self._builder.as_data_source(split, file_format="array_record")
         return Documents(source, f"{info.full_name}, split {split!r}", self._data)
 
 
@@ -212,26 +213,29 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 def _prepared_by_user(data: DataConfig) -> tfds.core.DatasetBuilder:
-    folder = os.path.expanduser(data.tfds_data_dir) or None
-    where = f"under data.tfds_data_dir={data.tfds_data_dir}" if folder else "in TFDS's folder"
+    folder = Path(data.tfds_data_dir or tfds.core.constants.DATA_DIR).expanduser()
     remedy = (
-        f'prepare it with tfds.builder("{data.tfds_name}", file_format="array_record", data_dir=…)'
-        ".download_and_prepare()"
+        f'prepare it with tfds.builder("{data.tfds_name}", file_format="array_record",'
+        f' data_dir="{folder}").download_and_prepare()'
     )
     try:
         builder = tfds.builder(data.tfds_name, data_dir=folder)
     # What TFDS raises for a wrong name, config or version has no type in common.
     except Exception as error:
+        # <name>/<version>, or <name>/<config>/<version>.
+        found = [*folder.glob("*/*/dataset_info.json"), *folder.glob("*/*/*/dataset_info.json")]
+        names = sorted(str(path.parent.relative_to(folder)) for path in found)
         raise InputError(
-            f"data.tfds_name={data.tfds_name}: no such dataset {where}"
-            f" ({str(error).strip().splitlines()[0]}); {remedy}"
+            f"data.tfds_name={data.tfds_name} is not under {folder}, where there is"
+            f" {', '.join(names) or 'no dataset'}; {remedy}"
         ) from error
     if not builder.info.splits:
-        raise InputError(f"data.tfds_name={data.tfds_name} is not prepared {where}; {remedy}")
+        raise InputError(f"data.tfds_name={data.tfds_name} is not prepared; {remedy}")
     formats = sorted(format.value for format in builder.info.available_file_formats())
     if "array_record" not in formats:
         raise InputError(
-            f"data.tfds_name={data.tfds_name} is prepared as {', '.join(formats)} {where}; {remedy}"
+            f"data.tfds_name={data.tfds_name} under {folder} is prepared as {', '.join(formats)};"
+            " prepare it as array_record in another data.tfds_data_dir"
         )
     return builder
 

@@ -68,8 +68,9 @@ class _Bytes(Tokenizer):
 
 class _SentencePiece(Tokenizer):
     def __init__(self, name: str, content: bytes):
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._processor.load_from_serialized_proto(content)
         except RuntimeError as error:
             raise InputError(f"data.tokenizer={name} is no SentencePiece model") from error
         self.size = self._processor.get_piece_size()

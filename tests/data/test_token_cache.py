@@ -1,0 +1,208 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caat_jax.data import corpora, token_cache, tokenizers
+from caat_jax.errors import InputError
+
+BYTES = tokenizers.load_tokenizer("bytes")
+BOS, EOS = BYTES.bos_id, BYTES.eos_id
+
+
+def _stream(documents) -> list[int]:
+    return [token for text in documents for token in (BOS, *text.encode(), EOS)]
+
+
+def _files(data) -> dict[str, bytes]:
+    (folder,) = Path(data.cache_dir).glob("tokens/*")
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("length", [1, 7, 16, 100])
+def test_every_token_is_a_target_once(data_config, texts, split, length):
+    data = data_config(sequence_length=length)
+    stream = _stream(corpora.open_corpus(data).documents(split))
+    sequences = getattr(token_cache.open_cache(data, BYTES), split)
+    rows = np.stack([sequences[i] for i in range(len(sequences))])
+    assert rows.shape == (len(sequences), length + 1) and rows.dtype == np.int32
+    targets = rows[:, 1:].ravel()
+    kept = len(stream) - 1 if split == "validation" else (len(stream) - 1) // length * length
+    assert targets[:kept].tolist() == stream[1 : kept + 1]
+    assert rows[:, :-1].ravel()[:kept].tolist() == stream[:kept]
+    assert len(targets) - kept < length and (targets[kept:] == token_cache.PADDING).all()
+    assert len(targets) == kept or split == "validation"
+
+
+def test_sequences_end(data_config, texts):
+    train = token_cache.open_cache(data_config(), BYTES).train
+    assert len(list(train)) == len(train)
+    for index in (-1, len(train)):
+        with pytest.raises(IndexError):
+            train[index]
+
+
+def test_large_vocabularies_take_four_bytes(data_config, texts):
+    class Large(type(BYTES)):
+        size, fingerprint = 2**16 + 1, "large"
+
+        def encode_batch(self, texts):
+            return [ids + (2**16 - 255) for ids in super().encode_batch(texts)]
+
+    data = data_config(eval_split="train[20:]", train_split="train[:20]", sequence_length=5)
+    train = token_cache.open_cache(data, Large()).train
+    first = list(texts[0].encode())[:5]
+    assert train[0].tolist() == [BOS, *(byte + 2**16 - 255 for byte in first)]
+    assert len(_files(data)["train.bin"]) == 4 * len(_stream(texts[:20]))
+
+
+def test_another_sequence_length_reads_the_same_files(data_config, texts, monkeypatch):
+    token_cache.open_cache(data_config(), BYTES)
+    monkeypatch.setattr(token_cache, "_build", None)
+    cache = token_cache.open_cache(data_config(sequence_length=5), BYTES)
+    assert cache.train[0].shape == (6,)
+
+
+def test_another_tokenizer_or_rule_writes_others(data_config, texts):
+    class Other(type(BYTES)):
+        fingerprint = "other"
+
+    caches = [
+        token_cache.open_cache(data_config(), BYTES),
+        token_cache.open_cache(data_config(), Other()),
+        token_cache.open_cache(data_config(holdout_every=3), BYTES),
+    ]
+    assert len({cache.train.fingerprint for cache in caches}) == 3
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", range(0, 44, 3))
+def test_killed_build_goes_on(data_config, texts, monkeypatch, after):
+    """Stops before the n-th of all tokenisations, fsyncs and renames, with garbage written."""
+    monkeypatch.setattr(token_cache, "_BATCH_DOCUMENTS", 3)
+    token_cache.open_cache(data_config(cache_dir=data_config().cache_dir + "2"), BYTES)
+    expected = _files(data_config(cache_dir=data_config().cache_dir + "2"))
+    data, calls, encoded = data_config(), Counter(), []
+    corpus = corpora.open_corpus(data)
+
+    class Watched(type(BYTES)):
+        def encode_batch(self, texts):
+            encoded.extend(texts)
+            return super().encode_batch(texts)
+
+    def killing(original):
+        def call(*args):
+            calls["all"] += 1
+            if calls["all"] > after:
+                raise _Killed
+            return original(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watched, "encode_batch", killing(Watched.encode_batch))
+        patch.setattr(os, "fsync", killing(os.fsync))
+        patch.setattr(Path, "rename", killing(Path.rename))
+        patch.setattr(corpora, "open_corpus", lambda data: corpus)
+        with pytest.raises(_Killed):
+            token_cache.open_cache(data, Watched())
+    for path in Path(data.cache_dir).glob("tokens/*/*.bin"):
+        with open(path, "ab") as file:
+            file.write(b"garbage")
+    token_cache.open_cache(data, Watched())
+    assert _files(data) == expected
+    assert len(encoded) <= len(texts) + 3, "at most one batch is done again"
+
+
+_BUILD = """
+import os, signal, sys
+from caat_jax.config import DataConfig
+from caat_jax.data import token_cache, tokenizers
+
+class Mortal(type(tokenizers.load_tokenizer("bytes"))):
+    calls = 0
+    def encode_batch(self, texts):
+        Mortal.calls += 1
+        if Mortal.calls == {dies_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        print(len(texts))
+        return super().encode_batch(texts)
+
+token_cache._BATCH_DOCUMENTS = 3
+token_cache.open_cache({data!r}, Mortal())
+"""
+
+
+def _start(data, dies_at):
+    script = _BUILD.format(data=data, dies_at=dies_at)
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+
+
+def test_racing_processes_and_a_kill(data_config, texts):
+    expected = data_config(cache_dir=data_config().cache_dir + "2")
+    token_cache.open_cache(expected, BYTES)
+    data = data_config()
+    killed = _start(data, dies_at=5)
+    first = sum(map(int, killed.communicate()[0].split()))
+    assert killed.returncode == -signal.SIGKILL and first == 12
+    racing = [_start(data, dies_at=None) for _ in range(2)]
+    encoded = [sum(map(int, process.communicate()[0].split())) for process in racing]
+    assert [process.returncode for process in racing] == [0, 0]
+    assert sorted(encoded) == [0, len(texts) - first]
+    assert _files(data) == _files(expected)
+
+
+def test_waiting_is_said(data_config, texts, capfd):
+    data = data_config()
+    token_cache.open_cache(data, BYTES)
+    (manifest,) = Path(data.cache_dir).glob("tokens/*/manifest.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "finished": False}))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLD.format(folder=str(manifest.parent))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    waiting = _start(data, dies_at=None)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1.5)
+    holder.communicate()
+    assert waiting.wait(30) == 0
+    waiting.stdout.close()
+    assert re.search("waiting for the process that is preparing .*tokens", capfd.readouterr().err)
+
+
+_HOLD = """
+from pathlib import Path
+from caat_jax.data import cache_folder
+with cache_folder.locked(Path({folder!r})):
+    print("held", flush=True)
+    input_or_end = __import__("sys").stdin.read()
+"""
+
+
+def test_too_little_text(data_config, texts):
+    tokens = len(_stream(corpora.open_corpus(data_config()).documents("train")))
+    with pytest.raises(InputError) as caught:
+        token_cache.open_cache(data_config(sequence_length=tokens), BYTES)
+    assert f"have {tokens} tokens" in str(caught.value)
+    assert f"data.sequence_length of at most {tokens - 1}" in str(caught.value)
+    longest = token_cache.open_cache(data_config(sequence_length=tokens - 1), BYTES)
+    assert len(longest.train) == 1 and len(longest.validation) == 1
+
+
+def test_finished_cache_may_be_read_only(data_config, texts, monkeypatch):
+    token_cache.open_cache(data_config(), BYTES)
+    monkeypatch.setattr(token_cache.cache_folder, "locked", None)
+    assert len(token_cache.open_cache(data_config(), BYTES).train)

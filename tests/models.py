@@ -1,0 +1,80 @@
+"""Small configurations, and what a model computes on a mesh of the simulated devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from caat_jax import config as config_lib
+from caat_jax import sharding
+from caat_jax.config import Config
+from caat_jax.train_step import DATA_AXES, Programs
+from configs import base
+
+SMALL = dict(layers=2, embed_dim=32, heads=16, kv_heads=8, head_dim=4, mlp_dim=48, vocab_size=64)
+
+
+def small_config(
+    *,
+    model: dict | None = None,
+    compute: dict | None = None,
+    mesh: dict | None = None,
+    **train: Any,
+) -> Config:
+    """The base configuration with a model of 20,000 parameters, queries grouped in twos."""
+    config = base.get_config()
+    config.model.update(SMALL | (model or {}))
+    config.compute.update(compute or {})
+    config.mesh.update(dict(data=1, fsdp=1, model=1) | (mesh or {}))
+    config.data.sequence_length = 16
+    config.train.update(dict(global_batch=4) | train)
+    return config_lib.resolve(config)
+
+
+def programs(config: Config) -> Programs:
+    """Programs on the first of the 8 simulated devices."""
+    sizes = config.mesh
+    devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.model]
+    assert len(devices) == sizes.data * sizes.fsdp * sizes.model, "needs 8 simulated devices"
+    return Programs(config, sharding.create_mesh(sizes, devices))
+
+
+def on_mesh(programs: Programs, parameters: Any) -> Any:
+    """NumPy parameters as float32 arrays on the mesh."""
+    shardings = sharding.named_shardings(programs.mesh, programs.blueprint.specs)
+    return jax.device_put(jax.tree.map(lambda a: np.asarray(a, np.float32), parameters), shardings)
+
+
+def loss_gradients_and_logits(
+    programs: Programs, parameters: Any, rows: np.ndarray
+) -> tuple[float, Any, np.ndarray]:
+    """The training step's mean loss and gradients, before the optimizer, and logits [B, T, V].
+
+    Rows are [B, T + 1] token sequences, padded with -1.
+    """
+    gradients_of = programs._shard_map(
+        programs._loss_and_gradients, out_specs=(P(), programs.blueprint.specs)
+    )
+
+    def local_logits(parameters: Any, rows: jax.Array) -> jax.Array:
+        varying = sharding.mark_varying(parameters, programs.blueprint.specs)
+        return programs.blueprint.bind(varying)(jnp.maximum(rows[:, :-1], 0))
+
+    logits_of = programs._shard_map(local_logits, out_specs=P("model", DATA_AXES))
+
+    @jax.jit  # one program of both: they share the forward pass, and compiling is what takes time
+    def both(parameters: Any, rows: jax.Array) -> Any:
+        return *gradients_of(parameters, rows), logits_of(parameters, rows)
+
+    loss, gradients, parts_GBTv = jax.tree.map(
+        np.asarray, both(on_mesh(programs, parameters), rows)
+    )
+    logits = np.moveaxis(parts_GBTv, 0, 2).reshape(rows.shape[0], rows.shape[1] - 1, -1)
+    return float(loss), gradients, logits
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest error, in units of the expected tensor's largest magnitude."""
+    return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))

@@ -1,0 +1,175 @@
+"""Logits, loss and every gradient against the float64 emulation of METHOD in `reference.py`."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tests import models, reference
+
+TOLERANCE = 1e-5  # of a tensor's largest magnitude
+
+# Every divisor M of every S, with every p; the other choices take turns.
+CHOICES = [
+    dict(zip(("tied_head", "remat", "scan_layers"), values, strict=True))
+    for values in itertools.product((False, True), repeat=3)
+]
+SHARDS = [(S, M) for S in (2, 4, 8) for M in (1, 2, 4, 8) if S % M == 0]
+CASES = [
+    (S, M, p, CHOICES[(i + i // len(CHOICES)) % len(CHOICES)])
+    for i, (p, (S, M)) in enumerate(itertools.product((0.0, 0.25, 0.5, 0.75, 1.0), SHARDS))
+]
+ALL_CASES = [(S, M, p, c) for (S, M), p, c in itertools.product(SHARDS, (0, 0.3, 1), CHOICES)]
+
+
+def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
+    arch = config.model
+    parameters = reference.random_parameters(
+        seed,
+        layers=arch.layers,
+        embed_dim=arch.embed_dim,
+        heads=arch.heads,
+        kv_heads=arch.kv_heads,
+        head_dim=arch.head_dim,
+        mlp_dim=arch.mlp_dim,
+        vocab_size=arch.vocab_size,
+        tied_head=arch.tied_head,
+    )
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, arch.vocab_size, (sequences, length + 1), dtype=np.int32)
+    rows[1, -3:] = -1  # padding is no target
+    method = dict(
+        tp_shards=arch.tp_shards,
+        sync_widths=arch.sync_widths,
+        rope_base=arch.rope_base,
+        norm_epsilon=arch.norm_epsilon,
+    )
+    inputs = np.maximum(rows[:, :-1], 0)
+    expected_loss, expected = reference.loss_and_gradients(
+        parameters, inputs, rows[:, 1:], **method
+    )
+    loss, gradients, logits = models.loss_gradients_and_logits(
+        models.programs(config), parameters, rows
+    )
+    expected_logits = reference.forward(parameters, inputs, **method).logits
+    errors = jax.tree.map(models.relative_error, gradients, expected)
+    errors["loss"] = abs(loss - expected_loss) / expected_loss
+    errors["logits"] = models.relative_error(logits, expected_logits)
+    too_large = {
+        jax.tree_util.keystr(path): error
+        for path, error in jax.tree_util.tree_leaves_with_path(errors)
+        if not error <= tolerance
+    }
+    assert not too_large
+
+
+def config_of(S, M, choices, mesh=None, **model):
+    tied_head, remat, scan_layers = choices["tied_head"], choices["remat"], choices["scan_layers"]
+    return models.small_config(
+        model=dict(tp_shards=S, tied_head=tied_head, **model),
+        compute=dict(remat=remat, scan_layers=scan_layers),
+        mesh=dict(model=M) | (mesh or {}),
+    )
+
+
+@pytest.mark.parametrize(("S", "M", "p", "choices"), CASES)
+def test_one_factor(S, M, p, choices):
+    check(config_of(S, M, choices, sync_factor=float(p)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("S", "M", "p", "choices"), ALL_CASES)
+def test_one_factor_with_every_choice(S, M, p, choices):
+    check(config_of(S, M, choices, sync_factor=float(p)))
+
+
+@pytest.mark.parametrize("choices", [CHOICES[0], CHOICES[3]])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        ((0.25, 0.75), (1.0, 0.5), 0.5),  # rises and falls: a private channel is summed again
+        (1.0, 1.0, (0.0, 0.5)),
+    ],
+)
+@pytest.mark.parametrize("M", [1, 2, 8])
+def test_factor_per_sublayer(M, factors, choices):
+    check(config_of(8, M, choices, layers=3, sync_factor_per_layer=factors))
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, model=2), dict(data=1, fsdp=4, model=2)])
+@pytest.mark.parametrize("choices", [CHOICES[1], CHOICES[7]])
+def test_data_and_fsdp(mesh, choices):
+    check(config_of(4, 2, choices, mesh=mesh, sync_factor=0.5))
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_attention_over_several_blocks(M):
+    """150 positions are three blocks of queries, the last of them short."""
+    check(config_of(4, M, CHOICES[0], sync_factor=0.5), sequences=2, length=150)
+
+
+def test_accumulation_is_the_same_mean():
+    """Microbatches count by their targets: the padded row's one weighs less."""
+    config = models.small_config(
+        model=dict(tp_shards=4, sync_factor=0.5), mesh=dict(data=2, model=2), accumulation_steps=2
+    )
+    check(config)
+
+
+def test_heads_wider_than_the_model():
+    check(models.small_config(model=dict(head_dim=6, tp_shards=8, sync_factor=0.5)))
+
+
+@pytest.mark.parametrize("M", [1, 8])
+def test_full_synchronisation_is_the_dense_model(M):
+    config = config_of(8, M, CHOICES[0], sync_factor=1.0)
+    sizes = {**models.SMALL, "tied_head": False}
+    parameters = reference.random_parameters(3, **sizes)
+    rows = np.random.default_rng(3).integers(0, 64, (4, 13), dtype=np.int32)
+    dense = reference.dense_forward(
+        parameters,
+        rows[:, :-1],
+        rope_base=config.model.rope_base,
+        norm_epsilon=config.model.norm_epsilon,
+    )
+    logits = models.loss_gradients_and_logits(models.programs(config), parameters, rows)[2]
+    assert models.relative_error(logits, dense) < TOLERANCE
+
+
+@pytest.mark.parametrize("M", [1, 8])
+def test_bfloat16(M):
+    """One rounding is 2⁻⁹; some dozens of them follow each other here."""
+    config = models.small_config(
+        model=dict(tp_shards=8, sync_factor=0.5),
+        compute=dict(dtype="bfloat16", remat=True),
+        mesh=dict(model=M),
+    )
+    check(config, tolerance=0.15)
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    meshes = [dict(), dict(model=8), dict(data=2, fsdp=2, model=2)]
+    states = [
+        models.programs(models.small_config(model=dict(tp_shards=8), mesh=mesh)).initial_state()
+        for mesh in meshes
+    ]
+    for other in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, states[0].parameters, other.parameters)
+
+
+def test_initial_parameters_have_their_distribution():
+    """METHOD.md: std 0.02, output projections 0.02/√(2·layers), γ = 1."""
+    config = models.small_config(model=dict(embed_dim=256, mlp_dim=512, vocab_size=512))
+    parameters = jax.tree.map(np.asarray, models.programs(config).initial_state().parameters)
+    attention, mlp = parameters["layers"]["attention"], parameters["layers"]["mlp"]
+    for scale in (attention["norm"], mlp["norm"], parameters["final_norm"]):
+        assert (scale == 1).all()
+    for name, weight in (
+        [(n, attention[n]) for n in ("query", "key", "value", "output")]
+        + [(n, mlp[n]) for n in ("gate", "up", "down")]
+        + [("embedding", parameters["embedding"]), ("head", parameters["head"])]
+    ):
+        expected = 0.02 / (2 * 2) ** 0.5 if name in ("output", "down") else 0.02
+        assert abs(weight.mean()) < 0.05 * expected, name
+        assert abs(weight.std() / expected - 1) < 0.02, name
