@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from caat_jax import config as config_lib
@@ -99,7 +98,7 @@ class Checkpoints:
 
     def restore_parameters(self, step: int, programs: Programs) -> Any:
         """The parameters alone, laid out for these programs' mesh."""
-        wanted = {"parameters": _with_shardings(programs).parameters}
+        wanted = {"parameters": programs.state_shapes.parameters}
         restored = self._manager().restore(
             step,
             args=ocp.args.Composite(
@@ -117,7 +116,7 @@ class Checkpoints:
         restored = self._manager().restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_with_shardings(programs)), data=_JSON_RESTORE
+                state=ocp.args.StandardRestore(programs.state_shapes), data=_JSON_RESTORE
             ),
         )
         return restored["state"], restored["data"]
@@ -127,11 +126,3 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._to_keep, create=True)
             self._opened = ocp.CheckpointManager(self.folder, options=options)
         return self._opened
-
-
-def _with_shardings(programs: Programs) -> TrainState:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        programs.state_shapes,
-        programs.state_shardings,
-    )

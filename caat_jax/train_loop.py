@@ -18,7 +18,7 @@ from caat_jax.data.token_cache import open_cache
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.evaluation import validation_loss
 from caat_jax.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
-from caat_jax.train_step import Programs, wait_if_simulated
+from caat_jax.train_step import Programs, one_program_at_a_time, wait_if_simulated
 
 
 def train(config: Config, workdir: Path) -> float:
@@ -54,12 +54,14 @@ def train(config: Config, workdir: Path) -> float:
             batches.set_state(data_state)
         writer = stack.enter_context(MetricsWriter(workdir, resume_step=first))
         done = first or 0
+        print(_description(programs), file=sys.stderr)
+        train_step = programs.compile_train_step()
         log = stack.enter_context(_Log(config, writer, done))
         loss = None
         for step in range(done + 1, train.steps + 1):
             batch = next(batches)
             with _profiled(step == train.profile_step, workdir), jax.transfer_guard("disallow"):
-                state, values = programs.train_step(state, batch)
+                state, values = train_step(state, batch)
                 wait_if_simulated(values)
             log.step(step, values)
             last = step == train.steps
@@ -75,6 +77,20 @@ def train(config: Config, workdir: Path) -> float:
         if loss is None:  # there was nothing left to do
             loss = validation_loss(programs, state.parameters, cache.validation)
     return loss
+
+
+def _description(programs: Programs) -> str:
+    """One line for people: what is trained, and on what."""
+    model, mesh = programs.config.model, programs.mesh
+    devices = mesh.devices.ravel()
+    factors = sorted({p for pair in model.sync_factors for p in pair})
+    return (
+        f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={model.tp_shards},"
+        f" p={' to '.join(str(p) for p in (factors[0], factors[-1])[: len(factors)])};"
+        f" {len(devices)} {devices[0].device_kind} devices,"
+        f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
+        " compiling the training step"
+    )
 
 
 class _Log:
@@ -118,6 +134,8 @@ class _Log:
         self._bar.update()
         if step % self._train.log_every == 0 or step == self._train.steps:
             self._pending = (step, values)
+            if one_program_at_a_time():  # then the step is done, and nothing is gained by delay
+                self._write_pending()
 
     def evaluation(self, step: int, loss: float) -> None:
         self._writer.write(step, {"eval/loss": loss})

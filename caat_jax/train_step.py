@@ -40,8 +40,14 @@ class Programs:
         self.blueprint = Blueprint(config.model, config.compute)
         self.optimizer = optimizer.create(config.optimizer, self.blueprint.logical_axes)
         self.batch_sharding = sharding.batch_sharding(mesh)
-        self.state_shapes = jax.eval_shape(self._initial_state)
+        self._shapes = jax.eval_shape(self._initial_state)
         self.state_shardings = sharding.named_shardings(mesh, self._state_specs())
+        # Shapes, types and layout of a state: for compiling and restoring.
+        self.state_shapes = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            self._shapes,
+            self.state_shardings,
+        )
         # One state in, one out, in the same memory.
         self.train_step = jax.jit(
             self._train_step, donate_argnums=0, out_shardings=(self.state_shardings, None)
@@ -51,6 +57,12 @@ class Programs:
     def initial_state(self) -> TrainState:
         """A fresh state, laid out on the mesh; the same values on every mesh."""
         return jax.jit(self._initial_state, out_shardings=self.state_shardings)()
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """The training step, compiled before there is a state or a batch."""
+        shape = (self.config.train.global_batch, self.config.data.sequence_length + 1)
+        batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
+        return self.train_step.lower(self.state_shapes, batch).compile()
 
     def _initial_state(self) -> TrainState:
         parameters = self.blueprint.initialise(self.config.seed)
@@ -64,7 +76,7 @@ class Programs:
             optax.tree.map_params(
                 self.optimizer,
                 lambda _, spec: spec,
-                self.state_shapes.optimizer_state,
+                self._shapes.optimizer_state,
                 specs,
                 transform_non_params=lambda _: P(),
             ),
@@ -140,13 +152,16 @@ class Programs:
         return loss.cross_entropy(logits, rows[:, 1:])
 
 
-def wait_if_simulated(outputs: Any) -> Any:
-    """Waits for a program's outputs when it ran on several simulated CPU devices.
+def one_program_at_a_time() -> bool:
+    """Whether this process must wait for each program before it starts the next.
 
-    Two programs with collectives in flight at once can wait there for each other for ever, since
-    the devices share few threads; XLA aborts the process after a minute.  Accelerators run
-    programs in the order of dispatch, so there nothing waits.
+    On several simulated CPU devices, which share few threads, two programs with collectives in
+    flight can wait for each other for ever; XLA aborts the process after a minute.  Accelerators
+    run programs in the order of dispatch, so there nothing needs to wait.
     """
-    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
-        jax.block_until_ready(outputs)
-    return outputs
+    return jax.default_backend() == "cpu" and jax.local_device_count() > 1
+
+
+def wait_if_simulated(outputs: Any) -> Any:
+    """Waits for a program's outputs where `one_program_at_a_time`; returns them."""
+    return jax.block_until_ready(outputs) if one_program_at_a_time() else outputs

@@ -139,6 +139,11 @@ class Blueprint:
         self.logical_axes = self._per_parameter(lambda p: p.logical_axes)
         self.specs = self._per_parameter(lambda p: sharding.partition_spec(p.logical_axes))
 
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
     def initialise(self, seed: int) -> Any:
         """Fresh parameters, float32; to be called under `jax.jit` with sharded outputs."""
         return nnx.to_pure_dict(nnx.state(self._build(nnx.Rngs(seed)), nnx.Param))

@@ -4,8 +4,6 @@ import functools
 import math
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from tests import models
@@ -17,13 +15,7 @@ LAYERS, B, T, D, S = 3, 4, 16, 32, 8
 def layer_loop_collectives(config) -> list[list[tuple[str, str, tuple[int, ...]]]]:
     """For each loop body of the compiled step: its collectives as (kind, type, shape)."""
     programs = models.programs(config)
-    state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        programs.state_shapes,
-        programs.state_shardings,
-    )
-    batch = jax.ShapeDtypeStruct((B, T + 1), jnp.int32, sharding=programs.batch_sharding)
-    text = programs.train_step.lower(state, batch).compile().as_text()
+    text = programs.compile_train_step().as_text()
     bodies = set(re.findall(r" while\(.*body=%?([\w.\-]+)", text))
     found, body = {}, None
     for line in text.splitlines():
