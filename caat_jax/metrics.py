@@ -213,14 +213,12 @@ class Throughput:
 def _complete_lines(path: Path) -> Iterator[tuple[bytes, int, dict[str, float]]]:
     """Each line that ends with a newline: as it is, its step, and its values by name."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        *lines, _cut_off = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; train.py writes it into its --workdir"
         ) from None
     for number, line in enumerate(lines, start=1):
-        if not line.endswith(b"\n"):
-            return
         try:
             values = json.loads(line.decode(), parse_constant=_refuse_constant)
             step = values.pop("step")
@@ -230,7 +228,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, int, dict[str, float]]]
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             reason = str(error) if type(error) is ValueError else "not a JSON object with a step"
             raise InputError(f"{path}, line {number}: {reason}") from None
-        yield line, step, values
+        yield line + b"\n", step, values
 
 
 def _to_float(name: str, value: Any) -> float:

@@ -145,6 +145,9 @@ def _plot_losses(panel: Axes, runs: Sequence[tuple[str, Metrics]]) -> None:
     legend = panel.legend(
         validation_lines,
         [label + _last_validation_loss(metrics) for label, metrics in runs],
+        title="run: last validation loss",
+        title_fontsize=9,
+        alignment="left",
         loc="upper right",
         fontsize=9,
         framealpha=0.9,
@@ -156,7 +159,7 @@ def _plot_losses(panel: Axes, runs: Sequence[tuple[str, Metrics]]) -> None:
 
 def _last_validation_loss(metrics: Metrics) -> str:
     losses = metrics.get("eval/loss", _NOTHING)[1]
-    return f": {losses[-1]:.3f} at the end" if losses.size else ""
+    return f": {losses[-1]:.3f}" if losses.size else ""
 
 
 def _loss_limits(runs: Sequence[Metrics]) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,9 +60,9 @@ def create_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> M
     devices = jax.devices() if devices is None else devices
     if math.prod(shape) != len(devices):
         raise InputError(f"a mesh of {shape} needs {math.prod(shape)} devices, not {len(devices)}")
-    return jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    # A TPU torus of 4x4x4 takes an axis of 8 only when one of its own is split.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def named_shardings(mesh: Mesh, specs: Any) -> Any:
