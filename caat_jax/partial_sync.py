@@ -22,6 +22,7 @@ Axis letters: B batch, T sequence, D residual width, G groups of shards on this 
 channels, n columns of a shard group, k rows of a shard group.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -55,13 +56,31 @@ class Stream(NamedTuple):
 def all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:
     """Sums over the `model` axis; backward, sums the gradients over it.
 
-    The result counts as varying over the axis although its values are equal: that is what makes
-    the transpose of `pcast` the backward all-reduce.
+    The result has equal values on all devices of the axis, but counts as varying over it, as
+    everything does that joins a residual stream.
     """
+    return checkpoint_name(_all_reduce(partial, wire), REDUCED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:
+    return _sum_over_model(partial, wire.forward)
+
+
+def _sum_over_model(partial: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if lax.axis_size("model") == 1:
-        return checkpoint_name(partial, REDUCED)
-    total = checkpoint_name(lax.psum(partial.astype(wire.forward), "model"), REDUCED)
-    return lax.pcast(total.astype(wire.backward), "model", to="varying").astype(partial.dtype)
+        return partial
+    total = lax.psum(partial.astype(dtype), "model")
+    if dtype != partial.dtype:
+        # Or the compiler sums in the type that the total is cast to.
+        total = lax.optimization_barrier(total)
+    return lax.pcast(total.astype(partial.dtype), "model", to="varying")
+
+
+_all_reduce.defvjp(
+    lambda partial, wire: (_sum_over_model(partial, wire.forward), None),
+    lambda wire, _, gradient: (_sum_over_model(gradient, wire.backward),),
+)
 
 
 def start(x_BTD: jax.Array, local_shards: int, smallest_sync_width: int) -> Stream:

@@ -52,3 +52,19 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_the_limits_leave_out_the_first_steps_and_a_diverging_run():
+    steps = np.arange(1, 101)
+    falling = {"train/loss": (steps, 2 + 9 * np.exp(-steps / 3))}
+    diverging = {"train/loss": (steps, np.where(steps < 50, 4.0, 1e6))}
+    low, high = plot._loss_limits([falling])
+    assert 1.5 < low < 2 and 2 < high < 3
+    low, high = plot._loss_limits([falling, diverging])
+    assert 1 < low < 2 and 4 < high < 11
+
+
+def test_a_label_that_looks_like_mathematics_is_text(tmp_path):
+    with MetricsWriter(tmp_path / "$a_{$") as writer:  # as mathematics it does not parse
+        writer.write(1, {"train/loss": 1.0, "eval/loss": 1.0, "tokens_per_second": 1.0})
+    assert plot.main([str(tmp_path / "$a_{$"), f"--output={tmp_path / 'a.png'}"]) == 0
