@@ -13,7 +13,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.
 
 
 def main() -> None:
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value).expanduser()
     step, config = checkpoint.newest_config(workdir)
     command_line.simulate_devices(config.mesh)
     loss = evaluation.evaluate_checkpoint(workdir, step, config)

@@ -18,9 +18,9 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(config: Config) -> None:
     command_line.simulate_devices(config.mesh)
-    loss = train_loop.train(config, Path(_WORKDIR.value))
+    steps, loss = train_loop.train(config, Path(_WORKDIR.value).expanduser())
     print(
-        f"{config.train.steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"
+        f"{steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"
         f" metrics.jsonl and TensorBoard events are in {_WORKDIR.value}; next:"
         f" python eval.py --workdir={_WORKDIR.value}"
     )

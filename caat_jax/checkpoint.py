@@ -24,7 +24,7 @@ def newest_config(workdir: Path) -> tuple[int, Config]:
     Raises:
       InputError: there is none.
     """
-    folder = workdir.expanduser() / FOLDER
+    folder = workdir / FOLDER
     # Orbax renames a folder to its step's number when it is complete.
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     if not steps:
@@ -53,9 +53,10 @@ class Checkpoints:
           workdir: the run's folder.
           to_keep: older ones are deleted when there are more; None keeps all.
         """
-        if workdir.exists() and not workdir.is_dir():
-            raise InputError(f"--workdir={workdir} is a file; give a folder")
-        self.folder = workdir.expanduser().absolute() / FOLDER
+        for folder in (workdir, *workdir.parents):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"--workdir={workdir}: {folder} is a file; give a folder")
+        self.folder = workdir.absolute() / FOLDER
         self._to_keep = to_keep
         self._opened: ocp.CheckpointManager | None = None
 

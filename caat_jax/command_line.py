@@ -58,15 +58,16 @@ def _parse(argv: list[str], needs_config: bool) -> list[str]:
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:
         positional = flags.FLAGS(argv)
+        if needs_config:
+            _ = flags.FLAGS["config"].value.seed  # a file that is missing fails at its first use
     except flags.Error as error:
         raise InputError(_first_line(error)) from None
+    # The file is a program: anything may come out of it.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_last_line(error)}"
+        raise InputError(f"--config cannot be used: {reason}") from None
     if len(positional) > 1:
         raise InputError(f"{positional[1]!r} is no flag; flags start with --")
-    if needs_config:
-        try:
-            _ = flags.FLAGS["config"].value
-        except OSError as error:
-            raise InputError(f"--config cannot be read: {_last_line(error)}") from None
     return positional
 
 

@@ -379,7 +379,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             raise InputError(f"optimizer.{field}={getattr(optimizer, field)} is outside [0, 1)")
     _above_zero("optimizer.epsilon", optimizer.epsilon)
     _above_zero("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm)
-    if optimizer.weight_decay < 0:
+    if not optimizer.weight_decay >= 0:
         raise InputError(f"optimizer.weight_decay={optimizer.weight_decay} must be 0 or more")
 
 

@@ -66,15 +66,15 @@ class MetricsWriter:
           InputError: the file that is there is malformed; the message names the line.
         """
         last_step = -1 if resume_step is None else resume_step
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / METRICS_FILE
+        self.workdir = Path(workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        path = self.workdir / METRICS_FILE
         if path.exists():
             _drop_lines_after(path, last_step)
         # Line buffering: whoever follows the run sees a line as soon as it is written.
         self._lines = path.open("a", encoding="utf-8", buffering=1)
         self._events = SummaryWriter(
-            str(workdir / TENSORBOARD_FOLDER),
+            str(self.workdir / TENSORBOARD_FOLDER),
             purge_step=last_step + 1,  # TensorBoard hides older events from this step on
             # The file name has the time in seconds only; a quick restart must not overwrite.
             filename_suffix=f".{last_step + 1}",

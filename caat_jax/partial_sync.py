@@ -72,8 +72,10 @@ def _sum_over_model(partial: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return partial
     total = lax.psum(partial.astype(dtype), "model")
     if dtype != partial.dtype:
-        # Or the compiler sums in the type that the total is cast to.
-        total = lax.optimization_barrier(total)
+        # The same rounding as that of the cast below, but one that the TPU compiler does not move
+        # before the sum: else it sums in the type that the total is cast to.
+        to = jnp.finfo(partial.dtype)
+        total = lax.reduce_precision(total, to.nexp, to.nmant)
     return lax.pcast(total.astype(partial.dtype), "model", to="varying")
 
 

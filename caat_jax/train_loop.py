@@ -13,19 +13,19 @@ from caat_jax import config as config_lib
 from caat_jax import sharding
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.config import Config
-from caat_jax.data.loader import train_batches
-from caat_jax.data.token_cache import open_cache
+from caat_jax.data.loader import TrainBatches, train_batches
+from caat_jax.data.token_cache import TokenSequences, open_cache
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.evaluation import validation_loss
 from caat_jax.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
-from caat_jax.train_step import Programs, one_program_at_a_time, wait_if_simulated
+from caat_jax.train_step import Programs, TrainState, one_program_at_a_time
 
 
-def train(config: Config, workdir: Path) -> float:
+def train(config: Config, workdir: Path) -> tuple[int, float]:
     """Trains to `train.steps`, from the workdir's newest checkpoint where there is one.
 
     Returns:
-      The last validation loss, in nats a token.
+      The updates done and the validation loss then, in nats a token.
 
     Raises:
       InputError: something given cannot work; nothing is written to the workdir then.
@@ -33,36 +33,53 @@ def train(config: Config, workdir: Path) -> float:
     mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = config.with_vocabulary(tokenizer.size)
-    train = config.train
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, to_keep=train.checkpoints_to_keep))
-        first = checkpoints.latest_step()
-        if first is not None:
-            checkpoints.check_architecture(first, config)
+    programs = Programs(config, mesh)
+    with Checkpoints(workdir, to_keep=config.train.checkpoints_to_keep) as checkpoints:
+        newest = checkpoints.latest_step()
+        if newest is not None:
+            checkpoints.check_architecture(newest, config)
         cache = open_cache(config.data, tokenizer)
-        programs = Programs(config, mesh)
         batches = train_batches(
             cache.train,
-            global_batch=train.global_batch,
+            global_batch=config.train.global_batch,
             seed=config.seed,
             sharding=programs.batch_sharding,
         )
-        if first is None:
+        if newest is None:
             state = programs.initial_state()
         else:
-            state, data_state = checkpoints.restore(first, programs)
+            state, data_state = checkpoints.restore(newest, programs)
             batches.set_state(data_state)
-        writer = stack.enter_context(MetricsWriter(workdir, resume_step=first))
-        done = first or 0
-        print(_description(programs), file=sys.stderr)
-        train_step = programs.compile_train_step()
-        log = stack.enter_context(_Log(config, writer, done))
-        loss = None
+        done = newest or 0
+        with MetricsWriter(workdir, resume_step=newest) as writer:
+            if done < config.train.steps:
+                print(_description(programs), file=sys.stderr)
+                return config.train.steps, _loop(
+                    programs, state, done, batches, cache.validation, checkpoints, writer
+                )
+        return done, validation_loss(programs, state.parameters, cache.validation)
+
+
+def _loop(
+    programs: Programs,
+    state: TrainState,
+    done: int,
+    batches: TrainBatches,
+    validation: TokenSequences,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+) -> float:
+    """Does the steps after `done`; returns the last validation loss."""
+    config, train = programs.config, programs.config.train
+    train_step = programs.compile_train_step()
+    with _Log(config, writer, done) as log:
         for step in range(done + 1, train.steps + 1):
             batch = next(batches)
-            with _profiled(step == train.profile_step, workdir), jax.transfer_guard("disallow"):
+            profiled = step == train.profile_step
+            with _profiled(profiled, writer.workdir), jax.transfer_guard("disallow"):
                 state, values = train_step(state, batch)
-                wait_if_simulated(values)
+                if profiled or one_program_at_a_time():  # a trace shall hold the whole step
+                    jax.block_until_ready(values)
             log.step(step, values)
             last = step == train.steps
             evaluate = last or step % train.eval_every == 0
@@ -70,12 +87,10 @@ def train(config: Config, workdir: Path) -> float:
             if evaluate or save:
                 with log.pause(step):
                     if evaluate:
-                        loss = validation_loss(programs, state.parameters, cache.validation)
+                        loss = validation_loss(programs, state.parameters, validation)
                         log.evaluation(step, loss)
                     if save:
                         checkpoints.save(state, step, config, batches.get_state())
-        if loss is None:  # there was nothing left to do
-            loss = validation_loss(programs, state.parameters, cache.validation)
     return loss
 
 

@@ -1,0 +1,285 @@
+"""What the user gives and cannot work: one line on stderr, exit code 2, nothing written.
+
+Most commands run in a process forked from one that has imported everything and done nothing yet
+(`multiprocessing`'s fork server), which saves the seconds that the imports take; one of each kind
+runs as users run it.
+"""
+
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from caat_jax import command_line
+
+REPOSITORY = Path(command_line.__file__).parent.parent
+TINY = f"--config={REPOSITORY / 'configs/tiny.py'}"
+# A model that is cheap to run, on the one CPU that is there.
+SMALL = {
+    "model.layers": 1,
+    "model.embed_dim": 16,
+    "model.mlp_dim": 16,
+    "mesh.simulated_devices": 0,
+    "data.sequence_length": 16,
+    "data.holdout_every": 2,
+    "optimizer.warmup_steps": 0,
+    "train.steps": 1,
+    "train.global_batch": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["caat_jax.command_line", "caat_jax.train_loop"])
+    return context
+
+
+@pytest.fixture
+def run(fork_server, tmp_path):
+    """A function: script and arguments -> exit code, stdout, stderr."""
+
+    def run_forked(*command):
+        outputs = [tmp_path / "stdout", tmp_path / "stderr"]
+        process = fork_server.Process(target=run_script, args=(command, tmp_path, outputs))
+        process.start()
+        process.join()
+        return process.exitcode, *(path.read_text() for path in outputs)
+
+    return run_forked
+
+
+def run_script(command, home, outputs):
+    """In the forked process: nothing relative, or below ~, is written to the repository."""
+    os.chdir(home)
+    os.environ["HOME"] = str(home)
+    sys.argv = list(command)
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
+
+
+def run_as_users_do(*command):
+    done = subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_refused(result, *said):
+    """Exit code 2 and one line on stderr, with every part of `said` in it."""
+    code, stdout, stderr = result
+    assert (code, stdout) == (command_line.INPUT_ERROR_EXIT_CODE, ""), stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), (
+        stderr
+    )
+    assert [part for part in said if part not in stderr] == [], stderr
+
+
+def flags_of(fields):
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"text number {number} is this one")
+    return folder
+
+
+@pytest.fixture
+def small(texts, tmp_path):
+    """The arguments of a run that works."""
+    fields = {"data.files": f"{texts}/*.txt", "data.cache_dir": tmp_path / "cache", **SMALL}
+    return ["train.py", TINY, f"--workdir={tmp_path / 'run'}", *flags_of(fields)]
+
+
+# ---- Flags ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["--config is missing", "--config=configs/tiny.py"]),
+        (["--config=configs/none.py"], ["--config", "configs/none.py"]),
+        (["--config=configs"], ["--config", "configs"]),
+        (
+            [TINY, "--config.model.layer=2"],
+            ["config.model.layer ", "nearest is config.model.layers"],
+        ),
+        ([TINY, "--config.model.layer", "2"], ["config.model.layer ", "config.model.layers"]),
+        ([TINY, "--config.trian.steps=2"], ["config.trian.steps ", "config.train.steps"]),
+        ([TINY, "--config.steps=2"], ["config.steps ", "config.train.steps"]),
+        ([TINY, "--config.model=2"], ["config.model is not a field"]),
+        ([TINY, "--config.seed.x=2"], ["config.seed.x ", "config.seed"]),
+        ([TINY, "--config.model.layers=many"], ["config.model.layers", "many"]),
+        ([TINY, "--config.model.layers=2.5"], ["config.model.layers", "2.5"]),
+        ([TINY, "--config.model.sync_factor=half"], ["config.model.sync_factor", "half"]),
+        ([TINY, "--config.model.tied_head=maybe"], ["config.model.tied_head", "maybe"]),
+        ([TINY, "--config.model.sync_factor_per_layer=(1,"], ["sync_factor_per_layer", "(1,"]),
+        ([TINY, "--config.model.layers"], ["config.model.layers"]),
+        ([TINY, "--wrkdir=x"], ["wrkdir"]),
+        ([TINY, "steps=3"], ["'steps=3' is no flag"]),
+        ([TINY, "--config.model.sync_factor=1.5"], ["model.sync_factor=1.5", "[0, 1]"]),
+        ([TINY, "--config.mesh.model=3"], ["mesh.model=3", "model.tp_shards=8", "1, 2, 4, 8"]),
+        (
+            [TINY, "--config.mesh.data=4", "--config.train.global_batch=6"],
+            ["train.global_batch=6", "mesh.data=4", "multiple of 4", "4 or 8"],
+        ),
+        ([TINY, "--config.mesh.data=3"], ["mesh.data=3", "8 devices"]),
+        ([TINY, "--config.data.tokenizer=words"], ["data.tokenizer=words", "bytes"]),
+        (
+            [TINY, "--config.data.tokenizer=none.model"],
+            ["data.tokenizer=none.model", "No such file"],
+        ),
+        (
+            [TINY, "--config.model.vocab_size=256"],
+            ["data.tokenizer=bytes has 258 ids", "model.vocab_size=256", "264"],
+        ),
+    ],
+    ids=lambda value: " ".join(value[-2:]),
+)
+def test_train_refuses_arguments(run, tmp_path, arguments, said):
+    workdir = tmp_path / "run"
+    assert_refused(run("train.py", *arguments, f"--workdir={workdir}"), *said)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("command", [["train.py", TINY], ["eval.py"]], ids=str)
+def test_workdir_is_required(run, command):
+    assert_refused(run(*command), "--workdir")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.layer=2"],
+        ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.sync_factor=1.5"],
+        ["eval.py", "--workdir=/nonexistent/x"],
+    ],
+    ids=["flags", "configuration", "evaluation"],
+)
+def test_refused_as_users_see_it(arguments):
+    assert_refused(run_as_users_do(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("broken.py", "def get_config(:\n", "broken.py"),
+        ("empty.py", "", "get_config"),
+        (
+            "field.py",
+            "from configs import base\n"
+            "def get_config():\n"
+            "    config = base.get_config()\n"
+            "    config.model.width = 3\n"
+            "    return config\n",
+            "width",
+        ),
+    ],
+    ids=["syntax", "no get_config", "unknown field"],
+)
+def test_config_file_that_cannot_be_used(run, tmp_path, name, source, said):
+    (tmp_path / name).write_text(source)
+    result = run("train.py", f"--config={tmp_path / name}", f"--workdir={tmp_path / 'run'}")
+    assert_refused(result, said)
+
+
+# ---- Files and folders ------------------------------------------------------------------------
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (shutil.rmtree, ["data.files=", "no file"]),
+        (lambda texts: write_bytes(texts / "3.txt", b""), ["3.txt is empty"]),
+        (lambda texts: write_bytes(texts / "3.txt", b"a\xff"), ["3.txt is not UTF-8 at byte 1"]),
+        (
+            lambda texts: [write_bytes(path, b"same") for path in texts.iterdir()],
+            ["data.holdout_every=2", "12", "data.eval_split"],
+        ),
+    ],
+    ids=["missing", "empty", "not UTF-8", "all the same"],
+)
+def test_bad_data_files(run, small, texts, tmp_path, spoil, said):
+    spoil(texts)
+    assert_refused(run(*small), *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizer_with_more_ids_than_the_vocabulary(run, small, tmp_path):
+    (tmp_path / "words.txt").write_text("one two three four five six seven\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    model = tmp_path / "words.model"
+    size = sentencepiece.SentencePieceProcessor(model_file=str(model)).get_piece_size()
+    fields = flags_of({"data.tokenizer": model, "model.vocab_size": 16})
+    assert_refused(run(*small, *fields), f"{model} has {size} ids", "model.vocab_size=16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_shorter_than_one_sequence(run, small, tmp_path):
+    result = run(*small, "--config.data.sequence_length=4096")
+    code, _, stderr = result
+    assert code == 2 and "data.sequence_length=4096" in stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["run", "run/below"])
+def test_workdir_that_is_a_file(run, small, tmp_path, place):
+    (tmp_path / "run").write_text("a file")
+    assert_refused(run(*small, f"--workdir={tmp_path / place}"), "--workdir", str(tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])
+def test_evaluation_of_a_workdir_without_checkpoint(run, tmp_path, made):
+    workdir = tmp_path / "run"
+    if made:
+        workdir.mkdir()
+    assert_refused(run("eval.py", f"--workdir={workdir}"), f"--workdir={workdir}", "train.py")
+    assert workdir.exists() == made and not (made and list(workdir.iterdir()))
+
+
+def test_run_that_works_and_then_another_architecture(run, small, tmp_path):
+    """The way from train.py to eval.py, and its workdir given to another model."""
+    workdir = tmp_path / "run"
+    code, stdout, stderr = run(*small)
+    assert code == 0, stderr
+    assert f"python eval.py --workdir={workdir}" in stdout
+    code, evaluated, stderr = run("eval.py", f"--workdir={workdir}")
+    assert code == 0, stderr
+    loss = float(evaluated.split()[4])
+    assert f"validation loss {loss:.4f} nats per token" in stdout
+
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    other = ["--config.model.layers=2", "--config.model.sync_factor=0.25"]
+    said = ["model.layers: 1 there, 2 asked for", "model.sync_factors", str(workdir)]
+    assert_refused(run(*small, *other), *said)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_workdir_below_the_home_folder(run, small, tmp_path):
+    """Shells leave the ~ of `--workdir=~/run` to the program."""
+    code, _, stderr = run(*small, "--workdir=~/run")
+    assert code == 0, stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"checkpoints", "metrics.jsonl"}
+    assert not (tmp_path / "~").exists()
