@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from flax import nnx
 
 from caat_jax import partial_sync
@@ -180,7 +181,16 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
         )
         visible = np.arange(end) <= np.arange(begin, end)[:, None]
         scores = jnp.where(visible, scores / math.sqrt(h), -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        blocks.append(jnp.einsum("gbkrqt,gbkth->gbkrqh", weights, value[..., :end, :]))
+        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        # Divided by their sum after the product with the values: that is the smaller array.
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        summed = jnp.einsum(
+            "gbkrqt,gbkth->gbkrqh",
+            weights.astype(value.dtype),
+            value[..., :end, :],
+            preferred_element_type=jnp.float32,
+        )
+        blocks.append((summed / total).astype(value.dtype))
     attended = jnp.moveaxis(jnp.concatenate(blocks, axis=-2), -2, 2)
     return attended.reshape(*attended.shape[:3], H, h)

@@ -117,25 +117,23 @@ def norm_and_project(
       epsilon: added to the mean square.
       out_dtype: of the result; the stream's type by default.
     """
-    common, private = stream
-    width = common.shape[-1]
-    dtype = common.dtype
+    dtype = stream.common.dtype
     out_dtype = dtype if out_dtype is None else out_dtype
     scaled = (scale_D[:, None, None] * weight_DGn).astype(dtype)
-    product = 0.0
-    square_sum = 0.0
+    if stream.groups == 1:
+        return _normalised_product(stream.common, scaled[:, 0], epsilon, out_dtype)[None]
+    common, private = stream
+    width = common.shape[-1]
+    product = jnp.einsum(
+        "gbtd,dgn->gbtn", private, scaled[width:], preferred_element_type=out_dtype
+    )
+    square_sum = _square_sum(private)
     if width:
-        product = jnp.einsum(
+        product += jnp.einsum(
             "btd,dgn->gbtn", common, scaled[:width], preferred_element_type=out_dtype
         )
-        square_sum = jnp.sum(jnp.square(common.astype(jnp.float32)), axis=-1)
-    if private.shape[-1]:
-        product += jnp.einsum(
-            "gbtd,dgn->gbtn", private, scaled[width:], preferred_element_type=out_dtype
-        )
-        square_sum += jnp.sum(jnp.square(private.astype(jnp.float32)), axis=-1)
-    inverse_rms = lax.rsqrt(square_sum / scale_D.shape[0] + epsilon)
-    return _scale(product, jnp.broadcast_to(inverse_rms, product.shape[:-1]))
+        square_sum += _square_sum(common)
+    return _times_token(product, lax.rsqrt(square_sum / scale_D.shape[0] + epsilon))
 
 
 def project_and_add(
@@ -183,21 +181,39 @@ def project_and_add(
     return Stream(common, private)
 
 
-@jax.custom_vjp
-def _scale(product_GBTn: jax.Array, factor_GBT: jax.Array) -> jax.Array:
-    return (product_GBTn * factor_GBT[..., None]).astype(product_GBTn.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _normalised_product(
+    x_BTD: jax.Array, weight_Dn: jax.Array, epsilon: float, out_dtype: jnp.dtype
+) -> jax.Array:
+    """(x @ W) / rms(x), [B, T, n], for one group."""
+    return _normalised_product_forward(x_BTD, weight_Dn, epsilon, out_dtype)[0]
 
 
-def _scale_forward(product, factor):
-    scaled = _scale(product, factor)
-    return scaled, (scaled, factor)
+def _normalised_product_forward(x, weight, epsilon, out_dtype):
+    inverse_rms = lax.rsqrt(_square_sum(x) / x.shape[-1] + epsilon)
+    product = jnp.matmul(x, weight, preferred_element_type=out_dtype)
+    return _times_token(product, inverse_rms), (x, weight, inverse_rms)
 
 
-def _scale_backward(residuals, gradient):
-    # From the scaled product, which later operations keep anyway; autodiff would keep both.
-    scaled, factor = residuals
-    factor_gradient = jnp.sum(gradient.astype(jnp.float32) * scaled, axis=-1) / factor
-    return (gradient * factor[..., None]).astype(gradient.dtype), factor_gradient
+def _normalised_product_backward(epsilon, out_dtype, residuals, gradient):
+    # With r = 1/rms(x) and g = r·gradient @ Wᵀ:  dx = g − r²/D · (x·g) · x.  Autodiff would take
+    # the inner product over the n columns instead of D channels, and keep another [B, T, n].
+    x, weight, inverse_rms = residuals
+    gradient = _times_token(gradient, inverse_rms).astype(x.dtype)
+    weight_gradient = jnp.einsum("btd,btn->dn", x, gradient)
+    x_gradient = jnp.einsum("btn,dn->btd", gradient, weight)
+    inner = jnp.sum(x.astype(jnp.float32) * x_gradient, axis=-1)
+    correction = _times_token(x, jnp.square(inverse_rms) * inner / x.shape[-1])
+    return x_gradient - correction, weight_gradient
 
 
-_scale.defvjp(_scale_forward, _scale_backward)
+_normalised_product.defvjp(_normalised_product_forward, _normalised_product_backward)
+
+
+def _square_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)
+
+
+def _times_token(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x [..., T, n] times one float32 number a token [..., T], in x's type."""
+    return (x * factor[..., None]).astype(x.dtype)
