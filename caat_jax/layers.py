@@ -13,8 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from flax import nnx
+from jax import lax
 
 from caat_jax import partial_sync
 from caat_jax.config import Architecture
