@@ -122,7 +122,10 @@ class Programs:
         value_and_gradient = jax.value_and_grad(mean_loss)
 
         def accumulate(total: Any, rows: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_gradient(varying, rows)), None
+            # Without the barrier the TPU compiler (libtpu 0.0.42) fails: it tries to move the
+            # reduce-scatters of `fsdp` out of this loop.
+            part = jax.tree.map(lax.optimization_barrier, value_and_gradient(varying, rows))
+            return jax.tree.map(jnp.add, total, part), None
 
         steps = self.config.train.accumulation_steps
         if steps == 1:

@@ -4,8 +4,8 @@
         --config.data.tfds_name=c4/en --config.data.tokenizer=tokenizer.model
 
 Needs a corpus, a SentencePiece tokeniser with 32,000 ids, and a pod with a multiple of 8
-accelerators: `model` is 8, the parameters are also sharded over `fsdp`, and
-`train.accumulation_steps` fits the global batch of 1,024 sequences into memory.
+accelerators: `model` is 8, the parameters are also sharded over `fsdp`, and the global batch of
+1,024 sequences is taken in 16 parts.
 """
 
 from configs import llama_130m
@@ -28,4 +28,5 @@ def get_config():
     config.optimizer.epsilon = 1e-5
     config.train.steps = 937_500
     config.train.global_batch = 1024
+    config.train.accumulation_steps = 16
     return config
