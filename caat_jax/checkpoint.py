@@ -77,9 +77,8 @@ class Checkpoints:
         Raises:
           InputError: naming the fields that differ.
         """
-        differing = config_lib.difference(
-            stored_config(self.folder, step).model, config.model, "model"
-        )
+        stored = stored_config(self.folder, step).model
+        differing = config_lib.difference(stored, config.model)
         if differing:
             raise InputError(
                 f"{self.folder} holds another architecture ({'; '.join(differing)}); give another"

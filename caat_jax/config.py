@@ -8,6 +8,7 @@ be checked against something else is checked where both are known: the mesh agai
 
 import dataclasses
 import difflib
+import itertools
 import math
 from typing import Any
 
@@ -42,6 +43,16 @@ class Architecture:
     def sync_widths(self) -> tuple[tuple[int, int], ...]:
         """D_s = int(D·p) of every layer's (attention, MLP)."""
         return tuple(tuple(int(self.embed_dim * p) for p in pair) for pair in self.sync_factors)
+
+    def describe_sync_factors(self) -> str:
+        """For people: "0.5", or runs of layers as in "1.0 in 2 layers, 0.5 in 30 layers"."""
+        runs = [
+            (str(pair if pair[0] != pair[1] else pair[0]), len(list(layers)))
+            for pair, layers in itertools.groupby(self.sync_factors)
+        ]
+        if len(runs) == 1:
+            return runs[0][0]
+        return ", ".join(f"{factors} in {n} layer{'s' * (n > 1)}" for factors, n in runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,14 +251,16 @@ def from_json(fields: dict[str, Any]) -> Config:
         ) from error
 
 
-def difference(stored: Any, given: Any, name: str) -> list[str]:
-    """The fields of two dataclasses of one type that differ, as `name.field: stored, given`."""
-    return [
-        f"{name}.{field.name}: {getattr(stored, field.name)} there, {getattr(given, field.name)}"
-        " asked for"
-        for field in dataclasses.fields(stored)
-        if getattr(stored, field.name) != getattr(given, field.name)
-    ]
+def difference(stored: Architecture, given: Architecture) -> list[str]:
+    """The fields of two architectures that differ, as `model.FIELD: stored, given`."""
+    differing = []
+    for field in dataclasses.fields(stored):
+        there, asked = getattr(stored, field.name), getattr(given, field.name)
+        if there != asked:
+            if field.name == "sync_factors":
+                there, asked = stored.describe_sync_factors(), given.describe_sync_factors()
+            differing.append(f"model.{field.name}: {there} there, {asked} asked for")
+    return differing
 
 
 def check_field_names(names: list[str], config: ConfigDict) -> None:

@@ -98,10 +98,9 @@ def _description(programs: Programs) -> str:
     """One line for people: what is trained, and on what."""
     model, mesh = programs.config.model, programs.mesh
     devices = mesh.devices.ravel()
-    factors = sorted({p for pair in model.sync_factors for p in pair})
     return (
         f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={model.tp_shards},"
-        f" p={' to '.join(str(p) for p in (factors[0], factors[-1])[: len(factors)])};"
+        f" p={model.describe_sync_factors()};"
         f" {len(devices)} {devices[0].device_kind} devices,"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
         " compiling the training step"

@@ -255,9 +255,18 @@ def test_json_of_another_version_is_refused(change):
 
 def test_difference_names_the_fields():
     stored, given = resolved().model, resolved(model__sync_factor=0.5, model__layers=2).model
-    differing = config_lib.difference(stored, given, "model")
-    assert differing[0] == "model.layers: 4 there, 2 asked for"
-    assert [line.split(":")[0] for line in differing] == ["model.layers", "model.sync_factors"]
+    differing = config_lib.difference(stored, given)
+    assert differing == [
+        "model.layers: 4 there, 2 asked for",
+        "model.sync_factors: 1.0 there, 0.5 asked for",
+    ]
+
+
+def test_sync_factors_are_described_by_runs_of_layers():
+    factors = (1.0, 1.0, (0.5, 0.0), (0.5, 0.5))
+    model = resolved(model__sync_factor_per_layer=factors).model
+    described = "1.0 in 2 layers, (0.5, 0.0) in 1 layer, 0.5 in 1 layer"
+    assert model.describe_sync_factors() == described
 
 
 # METHOD.md, "The paper's models".
