@@ -156,7 +156,7 @@ def resolve(config: ConfigDict) -> Config:
     Raises:
       InputError: naming the field, its value and what is allowed.
     """
-    sequence_length, train = config.data.sequence_length, TrainConfig(**config.train)
+    train = TrainConfig(**config.train)
     _check_train(train)
     optimizer = dict(config.optimizer)
     if optimizer["decay_steps"] == -1:
@@ -166,7 +166,6 @@ def resolve(config: ConfigDict) -> Config:
     data = DataConfig(**config.data)
     _check_data(data)
     _at_least("seed", config.seed, 0)
-    _at_least("data.sequence_length", sequence_length, 1)
     mesh = MeshConfig(**config.mesh)
     model = _architecture(dict(config.model))
     _check_mesh(mesh, model.tp_shards)
@@ -370,6 +369,7 @@ def _check_data(data: DataConfig) -> None:
         raise InputError(
             f"data.tfds_name={data.tfds_name} and data.files={data.files} are both given; give one"
         )
+    _at_least("data.sequence_length", data.sequence_length, 1)
     _at_least("data.holdout_every", data.holdout_every, 2)
     _one_of("data.encoding_errors", data.encoding_errors, ("strict", "replace", "ignore"))
 
