@@ -19,6 +19,9 @@ from caat_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "model")
 
+# Names of places, as in `transformer.py`.
+PARAMETER_GATHER, GRADIENT_REDUCTION = "parameter_gather", "gradient_reduction"
+
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
@@ -84,9 +87,10 @@ def gather(weight: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
     """The whole of a weight that is stored in parts over `fsdp`; its transpose reduce-scatters."""
     if lax.axis_size("fsdp") == 1:
         return weight
-    for position, name in enumerate(logical_axes):
-        if "fsdp" in LOGICAL_AXIS_RULES[name]:
-            weight = lax.all_gather(weight, "fsdp", axis=position, tiled=True)
+    with jax.named_scope(PARAMETER_GATHER):
+        for position, name in enumerate(logical_axes):
+            if "fsdp" in LOGICAL_AXIS_RULES[name]:
+                weight = lax.all_gather(weight, "fsdp", axis=position, tiled=True)
     return weight
 
 
@@ -103,8 +107,8 @@ def mark_varying(parameters: Any, specs: Any) -> Any:
 
 def sum_gradients(gradients: Any, specs: Any) -> Any:
     """Sums each gradient over the mesh axes that its parameter is replicated over."""
-
-    return jax.tree.map(lambda g, spec: lax.psum(g, _replicated_axes(spec)), gradients, specs)
+    with jax.named_scope(GRADIENT_REDUCTION):
+        return jax.tree.map(lambda g, spec: lax.psum(g, _replicated_axes(spec)), gradients, specs)
 
 
 def _replicated_axes(spec: P) -> tuple[str, ...]:

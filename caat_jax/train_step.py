@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from caat_jax import loss, optimizer, sharding
 from caat_jax.config import Config
-from caat_jax.transformer import Blueprint
+from caat_jax.transformer import HEAD_AND_LOSS, Blueprint
 
 DATA_AXES = sharding.LOGICAL_AXIS_RULES["batch"]
 
@@ -152,7 +152,8 @@ class Programs:
     def _token_losses(self, parameters: Any, rows: jax.Array) -> jax.Array:
         """float32 [B, T] of token sequences [B, T + 1]."""
         logits = self.blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))
-        return loss.cross_entropy(logits, rows[:, 1:])
+        with jax.named_scope(HEAD_AND_LOSS):
+            return loss.cross_entropy(logits, rows[:, 1:])
 
 
 def one_program_at_a_time() -> bool:

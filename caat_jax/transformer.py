@@ -23,6 +23,11 @@ from caat_jax.layers import Attention, Mlp, norm_scale, rotary_angles, weight
 from caat_jax.partial_sync import Stream, Wire
 
 
+# Names of places, which every operation of the compiled program carries; `communication.py` sorts
+# collectives by them.
+EMBEDDING, LAYERS, HEAD_AND_LOSS = "embedding", "layers", "head_and_loss"
+
+
 class Layer(nnx.Module):
     """Attention, then MLP."""
 
@@ -51,7 +56,12 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Logits, float32 [G, B, T, v], of int32 tokens."""
-        return self.logits(self.run_layers(self.embed(tokens_BT)))
+        with jax.named_scope(EMBEDDING):
+            stream = self.embed(tokens_BT)
+        with jax.named_scope(LAYERS):
+            stream = self.run_layers(stream)
+        with jax.named_scope(HEAD_AND_LOSS):
+            return self.logits(stream)
 
     def embed(self, tokens_BT: jax.Array) -> Stream:
         """Vocabulary-parallel look-up, fully summed over shards: the same stream on each."""
