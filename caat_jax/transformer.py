@@ -22,7 +22,6 @@ from caat_jax.config import Architecture, Compute
 from caat_jax.layers import Attention, Mlp, norm_scale, rotary_angles, weight
 from caat_jax.partial_sync import Stream, Wire
 
-
 # Names of places, which every operation of the compiled program carries; `communication.py` sorts
 # collectives by them.
 EMBEDDING, LAYERS, HEAD_AND_LOSS = "embedding", "layers", "head_and_loss"
