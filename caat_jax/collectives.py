@@ -38,7 +38,8 @@ class Collective:
     place: str  # one of PLACES
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, shape) as NumPy names them
     times: int  # how often it runs in one execution of the program
-    asynchronous: bool = False  # compute can run between its start and its end
+    asynchronous: bool = False  # other operations run between its start and its end
+    between: tuple[str, ...] = ()  # those, where the schedule is known
 
     @property
     def payload_bytes(self) -> int:

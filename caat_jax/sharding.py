@@ -57,15 +57,38 @@ def partition_spec(logical_axes: tuple[str, ...]) -> P:
 def create_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh (`data`, `fsdp`, `model`) over these devices, all of this job's by default.
 
-    `model` is the innermost axis: on TPUs and within a GPU host it gets the fastest links.
+    `model` is the innermost axis: on TPUs and within a GPU host it gets the fastest links.  Where
+    there are several TPU slices, `data` spans them, since it communicates once a step.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices, or `data` to that of slices.
     """
     shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
     devices = jax.devices() if devices is None else devices
     if math.prod(shape) != len(devices):
         raise InputError(f"a mesh of {shape} needs {math.prod(shape)} devices, not {len(devices)}")
+    slices = len({_slice(device) for device in devices})
+    if sizes.data % slices:
+        raise InputError(
+            f"mesh.data={sizes.data} does not span the {slices} TPU slices;"
+            f" it must be a multiple of {slices}"
+        )
     # A TPU torus of 4x4x4 takes an axis of 8 only when one of its own is split.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (sizes.data // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slice(device: jax.Device) -> int:
+    """The TPU slice of a device: 0 where there is only one, and on other platforms."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def named_shardings(mesh: Mesh, specs: Any) -> Any:
