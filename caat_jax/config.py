@@ -213,10 +213,11 @@ def resolve_mesh(config: Config, devices: int) -> MeshConfig:
             f"={train.accumulation_steps}; it must be a multiple of {ways}:"
             f" {_nearest_multiples(train.global_batch, ways)}"
         )
-    if config.model.embed_dim % sizes["fsdp"]:
+    ways = sizes["model"] * sizes["fsdp"]
+    if config.model.embed_dim % ways:
         raise InputError(
-            f"model.embed_dim={config.model.embed_dim} does not divide over mesh.fsdp"
-            f"={sizes['fsdp']}"
+            f"model.embed_dim={config.model.embed_dim} does not divide over mesh.model"
+            f"={sizes['model']} times mesh.fsdp={sizes['fsdp']}; it must be a multiple of {ways}"
         )
     return dataclasses.replace(mesh, **sizes)
 

@@ -115,6 +115,21 @@ class Mlp(nnx.Module):
         )
 
 
+@jax.custom_vjp
+def look_up(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Rows of a table, [B, T, D]; the gradients of a row that comes often are summed in float32."""
+    return jnp.take(table_VD, ids_BT, axis=0, mode="clip")
+
+
+def _look_up_backward(residuals, gradient):
+    table, ids = residuals
+    total = jnp.zeros_like(table, jnp.float32).at[ids].add(gradient.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+look_up.defvjp(lambda table, ids: (look_up(table, ids), (table, ids)), _look_up_backward)
+
+
 def output_std(arch: Architecture) -> float:
     """Initial standard deviation of the output projections: 0.02/√(2·layers)."""
     return INITIAL_STD / math.sqrt(2 * arch.layers)

@@ -26,7 +26,8 @@ def _forward(logits, targets):
     largest = lax.pmax(jnp.max(logits, axis=(0, -1)), "model")
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), axis=(0, -1))
     target_logit = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=(0, -1))
-    exponentials, target_logit = lax.psum((exponentials, target_logit), "model")
+    sums = lax.psum(jnp.stack([exponentials, target_logit]), "model")  # at once: both are small
+    exponentials, target_logit = sums
     log_normaliser = largest + jnp.log(exponentials)
     losses = jnp.where(targets >= 0, log_normaliser - target_logit, 0.0)
     return losses, (logits, targets, log_normaliser)

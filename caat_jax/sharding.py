@@ -30,6 +30,8 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
     "vocab": ("model",),
+    "all_vocab": (),
+    "embed_parts": ("model", "fsdp"),  # D of the look-up table: each shard has some of the channels
     "heads": ("model",),
     "kv_heads": ("model",),
     "mlp": ("model",),

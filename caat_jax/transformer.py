@@ -19,7 +19,7 @@ from jax import lax
 
 from caat_jax import partial_sync, sharding
 from caat_jax.config import Architecture, Compute
-from caat_jax.layers import Attention, Mlp, norm_scale, rotary_angles, weight
+from caat_jax.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
 from caat_jax.partial_sync import Stream, Wire
 
 # Names of places, which every operation of the compiled program carries; `communication.py` sorts
@@ -40,7 +40,10 @@ class Transformer(nnx.Module):
 
     def __init__(self, arch: Architecture, compute: Compute, rngs: nnx.Rngs):
         D, V = arch.embed_dim, arch.vocab_size
-        self.embedding = weight(rngs, (V, D), ("vocab", "embed"))
+        # Untied, the table is split by channel: gathering channels sends half of what summing
+        # rows does.  A head needs its vocabulary split, so a tied one decides for both.
+        axes = ("vocab", "embed") if arch.tied_head else ("all_vocab", "embed_parts")
+        self.embedding = weight(rngs, (V, D), axes)
         self.layers = Layer(arch, rngs)
         self.final_norm = norm_scale((D,), ("norm",))
         if not arch.tied_head:
@@ -63,13 +66,16 @@ class Transformer(nnx.Module):
             return self.logits(stream)
 
     def embed(self, tokens_BT: jax.Array) -> Stream:
-        """Vocabulary-parallel look-up, fully summed over shards: the same stream on each."""
+        """The look-up of every token's row: the same stream on each shard."""
         arch = self.arch
         table = self._gathered(self.embedding)
-        local_ids = tokens_BT - lax.axis_index("model") * table.shape[0]
-        present = (local_ids >= 0) & (local_ids < table.shape[0])
-        rows = jnp.take(table, local_ids, axis=0, mode="clip")
-        embedded = partial_sync.all_reduce(jnp.where(present[..., None], rows, 0), self.wire)
+        if arch.tied_head:  # a device has all channels of its part of the vocabulary
+            local_ids = tokens_BT - lax.axis_index("model") * table.shape[0]
+            present = (local_ids >= 0) & (local_ids < table.shape[0])
+            rows = look_up(table, jnp.where(present, local_ids, 0))
+            embedded = partial_sync.all_reduce(jnp.where(present[..., None], rows, 0), self.wire)
+        else:  # a device has its part of the channels of every token
+            embedded = partial_sync.gather_channels(look_up(table, tokens_BT), self.wire)
         return partial_sync.start(
             embedded,
             local_shards=arch.tp_shards // lax.axis_size("model"),
