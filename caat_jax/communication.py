@@ -139,9 +139,9 @@ def programs_on(config: Config, topology_name: str, slices: int) -> Programs:
     else:
         command_line.simulate_devices(config.mesh)
         devices = jax.devices()
-    mesh_config = config_lib.resolve_mesh(config, len(devices))
     if config.model.vocab_size == -1:
         config = config.with_vocabulary(load_tokenizer(config.data.tokenizer).size)
+    mesh_config = config_lib.resolve_mesh(config, len(devices))
     return Programs(config, sharding.create_mesh(mesh_config, devices))
 
 

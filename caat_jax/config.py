@@ -213,12 +213,14 @@ def resolve_mesh(config: Config, devices: int) -> MeshConfig:
             f"={train.accumulation_steps}; it must be a multiple of {ways}:"
             f" {_nearest_multiples(train.global_batch, ways)}"
         )
-    ways = sizes["model"] * sizes["fsdp"]
-    if config.model.embed_dim % ways:
-        raise InputError(
-            f"model.embed_dim={config.model.embed_dim} does not divide over mesh.model"
-            f"={sizes['model']} times mesh.fsdp={sizes['fsdp']}; it must be a multiple of {ways}"
-        )
+    for field, axes in (("embed_dim", ("model", "fsdp")), ("vocab_size", ("fsdp",))):
+        for axis in axes:
+            value = getattr(config.model, field)
+            if value != -1 and value % sizes[axis]:
+                raise InputError(
+                    f"model.{field}={value} does not divide over mesh.{axis}={sizes[axis]};"
+                    f" the nearest that do: {_nearest_multiples(value, sizes[axis])}"
+                )
     return dataclasses.replace(mesh, **sizes)
 
 

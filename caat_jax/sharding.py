@@ -30,8 +30,8 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
     "vocab": ("model",),
-    "all_vocab": (),
-    "embed_parts": ("model", "fsdp"),  # D of the look-up table: each shard has some of the channels
+    "vocab_rows": ("fsdp",),  # of the look-up table, of which each shard has some channels:
+    "channels": ("model",),
     "heads": ("model",),
     "kv_heads": ("model",),
     "mlp": ("model",),

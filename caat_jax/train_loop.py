@@ -30,9 +30,9 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
     Raises:
       InputError: something given cannot work; nothing is written to the workdir then.
     """
-    mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = config.with_vocabulary(tokenizer.size)
+    mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
     programs = Programs(config, mesh)
     with Checkpoints(workdir, to_keep=config.train.checkpoints_to_keep) as checkpoints:
         newest = checkpoints.latest_step()

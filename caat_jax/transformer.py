@@ -42,7 +42,7 @@ class Transformer(nnx.Module):
         D, V = arch.embed_dim, arch.vocab_size
         # Untied, the table is split by channel: gathering channels sends half of what summing
         # rows does.  A head needs its vocabulary split, so a tied one decides for both.
-        axes = ("vocab", "embed") if arch.tied_head else ("all_vocab", "embed_parts")
+        axes = ("vocab", "embed") if arch.tied_head else ("vocab_rows", "channels")
         self.embedding = weight(rngs, (V, D), axes)
         self.layers = Layer(arch, rngs)
         self.final_norm = norm_scale((D,), ("norm",))

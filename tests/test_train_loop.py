@@ -129,8 +129,9 @@ def content(folder):
 
 
 def programs_of(config, tokenizer_size=258):
+    config = config.with_vocabulary(tokenizer_size)
     mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
-    return Programs(config.with_vocabulary(tokenizer_size), mesh)
+    return Programs(config, mesh)
 
 
 def reference_settings(config):
