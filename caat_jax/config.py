@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from caat_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Compute:
     backward_wire_dtype: str
     remat: bool
     scan_layers: bool
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ def resolve(config: ConfigDict) -> Config:
     return Config(
         seed=config.seed,
         model=model,
-        compute=_compute(dict(config.compute)),
+        compute=_compute(dict(config.compute), model),
         mesh=mesh,
         data=data,
         optimizer=optimizer,
@@ -265,6 +267,11 @@ def difference(stored: Architecture, given: Architecture) -> list[str]:
     return differing
 
 
+def cudnn_takes(model: Architecture, compute: Compute) -> bool:
+    """Whether cuDNN's flash attention does this type and head width, on all GPUs that have it."""
+    return compute.dtype == "bfloat16" and model.head_dim % 8 == 0 and model.head_dim <= 128
+
+
 def check_field_names(names: list[str], config: ConfigDict) -> None:
     """Refuses names such as "model.layer" that are no fields of `config`.
 
@@ -346,11 +353,18 @@ def _sync_factors(factor: float, per_layer: tuple, layers: int) -> tuple[tuple[f
     return tuple(pairs)
 
 
-def _compute(compute: dict[str, Any]) -> Compute:
-    compute["forward_wire_dtype"] = compute["forward_wire_dtype"] or compute["dtype"]
+def _compute(fields: dict[str, Any], model: Architecture) -> Compute:
+    fields["forward_wire_dtype"] = fields["forward_wire_dtype"] or fields["dtype"]
     for field in ("dtype", "forward_wire_dtype", "backward_wire_dtype"):
-        _one_of(f"compute.{field}", compute[field], DTYPES)
-    return Compute(**compute)
+        _one_of(f"compute.{field}", fields[field], DTYPES)
+    _one_of("compute.attention", fields["attention"], ATTENTION)
+    compute = Compute(**fields)
+    if compute.attention == "cudnn" and not cudnn_takes(model, compute):
+        raise InputError(
+            f"compute.attention=cudnn does not take compute.dtype={compute.dtype} with"
+            f" model.head_dim={model.head_dim}; it takes bfloat16, and multiples of 8 up to 128"
+        )
+    return compute
 
 
 def _check_mesh(mesh: MeshConfig, tp_shards: int) -> None:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from caat_jax import partial_sync
+from caat_jax.attention import Attend
 from caat_jax.config import Architecture
 from caat_jax.partial_sync import Stream, Wire
 
@@ -38,7 +38,7 @@ def norm_scale(shape: tuple[int, ...], logical_axes: tuple[str, ...]) -> nnx.Par
 class Attention(nnx.Module):
     """Causal self-attention with rotary embedding and grouped queries."""
 
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, attend: Attend, rngs: nnx.Rngs):
         N, D, H, K, h = arch.layers, arch.embed_dim, arch.heads, arch.kv_heads, arch.head_dim
         self.norm = norm_scale((N, D), ("layers", "norm"))
         self.query = weight(rngs, (N, D, H, h), ("layers", "embed", "heads", "head_dim"))
@@ -48,6 +48,7 @@ class Attention(nnx.Module):
             rngs, (N, H, h, D), ("layers", "heads", "head_dim", "embed"), output_std(arch)
         )
         self.arch = arch
+        self.attend = attend
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class Attention(nnx.Module):
             part.reshape(*part.shape[:-1], -1, arch.head_dim)
             for part in jnp.split(projected, ends[:-1], axis=-1)
         )
-        attended = causal_attention(rotate(query, rotation), rotate(key, rotation), value)
+        attended = self.attend(rotate(query, rotation), rotate(key, rotation), value)
         return partial_sync.project_and_add(
             stream,
             attended.reshape(*attended.shape[:-2], -1),
@@ -163,49 +164,3 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(q·kᵀ/√h, causal) · v, for grouped queries: query head i uses key head i // (H/K).
-
-    Queries are taken in blocks, each against the keys up to its own end, so that most of the upper
-    triangle is never computed.  Scores and softmax are float32.
-
-    Args:
-      query: [G, B, T, H, h].
-      key: [G, B, T, K, h].
-      value: [G, B, T, K, h].
-
-    Returns:
-      [G, B, T, H, h]
-    """
-    T, H, h = query.shape[2:]
-    K = key.shape[3]
-    # Heads before positions: batched matrix products want their batch axes first.
-    query = jnp.moveaxis(query.reshape(*query.shape[:3], K, H // K, h), 2, -2)
-    key, value = jnp.moveaxis(key, 2, -2), jnp.moveaxis(value, 2, -2)
-    block = max(64, -(-T // 8))
-    blocks = []
-    for begin in range(0, T, block):
-        end = min(begin + block, T)
-        scores = jnp.einsum(
-            "gbkrqh,gbkth->gbkrqt",
-            query[..., begin:end, :],
-            key[..., :end, :],
-            preferred_element_type=jnp.float32,
-        )
-        visible = np.arange(end) <= np.arange(begin, end)[:, None]
-        scores = jnp.where(visible, scores / math.sqrt(h), -jnp.inf)
-        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.exp(scores - largest)
-        # Divided by their sum after the product with the values: that is the smaller array.
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        summed = jnp.einsum(
-            "gbkrqt,gbkth->gbkrqh",
-            weights.astype(value.dtype),
-            value[..., :end, :],
-            preferred_element_type=jnp.float32,
-        )
-        blocks.append((summed / total).astype(value.dtype))
-    attended = jnp.moveaxis(jnp.concatenate(blocks, axis=-2), -2, 2)
-    return attended.reshape(*attended.shape[:3], H, h)

@@ -103,6 +103,7 @@ def _description(programs: Programs) -> str:
         f" p={model.describe_sync_factors()};"
         f" {len(devices)} {devices[0].device_kind} devices,"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
+        f" {programs.attention} attention;"
         " compiling the training step"
     )
 

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from caat_jax import loss, optimizer, sharding
+from caat_jax import attention, compiler_options, loss, optimizer, sharding
 from caat_jax.config import Config
 from caat_jax.transformer import HEAD_AND_LOSS, Blueprint
 
@@ -37,7 +37,12 @@ class Programs:
     def __init__(self, config: Config, mesh: Mesh):
         self.config = config
         self.mesh = mesh
-        self.blueprint = Blueprint(config.model, config.compute)
+        # The mesh's platform, not JAX's default: programs are also compiled for absent devices.
+        platform = mesh.devices.flat[0].platform
+        self.attention = attention.choose(config.model, config.compute, platform)
+        self.blueprint = Blueprint(
+            config.model, config.compute, attention.kernel(self.attention, platform)
+        )
         self.optimizer = optimizer.create(config.optimizer, self.blueprint.logical_axes)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self._shapes = jax.eval_shape(self._initial_state)
@@ -48,11 +53,17 @@ class Programs:
             self._shapes,
             self.state_shardings,
         )
+        options = compiler_options.options(platform)
         # One state in, one out, in the same memory.
         self.train_step = jax.jit(
-            self._train_step, donate_argnums=0, out_shardings=(self.state_shardings, None)
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, None),
+            compiler_options=options,
         )
-        self.eval_step = jax.jit(self._shard_map(self._loss_sum, out_specs=(P(), P())))
+        self.eval_step = jax.jit(
+            self._shard_map(self._loss_sum, out_specs=(P(), P())), compiler_options=options
+        )
 
     def initial_state(self) -> TrainState:
         """A fresh state, laid out on the mesh; the same values on every mesh."""

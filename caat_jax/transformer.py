@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 
 from caat_jax import partial_sync, sharding
+from caat_jax.attention import Attend
 from caat_jax.config import Architecture, Compute
 from caat_jax.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
 from caat_jax.partial_sync import Stream, Wire
@@ -30,21 +31,21 @@ EMBEDDING, LAYERS, HEAD_AND_LOSS = "embedding", "layers", "head_and_loss"
 class Layer(nnx.Module):
     """Attention, then MLP."""
 
-    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
-        self.attention = Attention(arch, rngs)
+    def __init__(self, arch: Architecture, attend: Attend, rngs: nnx.Rngs):
+        self.attention = Attention(arch, attend, rngs)
         self.mlp = Mlp(arch, rngs)
 
 
 class Transformer(nnx.Module):
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, arch: Architecture, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, compute: Compute, attend: Attend, rngs: nnx.Rngs):
         D, V = arch.embed_dim, arch.vocab_size
         # Untied, the table is split by channel: gathering channels sends half of what summing
         # rows does.  A head needs its vocabulary split, so a tied one decides for both.
         axes = ("vocab", "embed") if arch.tied_head else ("vocab_rows", "channels")
         self.embedding = weight(rngs, (V, D), axes)
-        self.layers = Layer(arch, rngs)
+        self.layers = Layer(arch, attend, rngs)
         self.final_norm = norm_scale((D,), ("norm",))
         if not arch.tied_head:
             self.head = weight(rngs, (D, V), ("embed", "vocab"))
@@ -144,9 +145,9 @@ class Blueprint:
     of them again.
     """
 
-    def __init__(self, arch: Architecture, compute: Compute):
+    def __init__(self, arch: Architecture, compute: Compute, attend: Attend):
         def build(rngs: nnx.Rngs) -> Transformer:
-            return Transformer(arch, compute, rngs)
+            return Transformer(arch, compute, attend, rngs)
 
         self._build = build
         self._graph, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))

@@ -42,6 +42,9 @@ def get_config() -> ConfigDict:
             backward_wire_dtype="float32",  # of its transpose, in the backward pass
             remat=False,  # recompute each layer in the backward pass (its all-reduces excepted)
             scan_layers=True,  # False unrolls the layers: slower to compile, faster on CPUs
+            # plain, splash (the TPU kernel; interpreted elsewhere, for tests) or cudnn (NVIDIA
+            # GPUs).  auto: splash on TPUs, cudnn on GPUs in bfloat16, plain otherwise.
+            attention="auto",
         )
     )
 

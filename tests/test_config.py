@@ -81,6 +81,22 @@ BAD_FIELDS = [
     ({"compute__dtype": ""}, ["compute.dtype=''", "float32, bfloat16"]),
     ({"compute__forward_wire_dtype": "int8"}, ["compute.forward_wire_dtype='int8'", "bfloat16"]),
     ({"compute__backward_wire_dtype": ""}, ["compute.backward_wire_dtype=''", "bfloat16"]),
+    ({"compute__attention": "flash"}, ["compute.attention='flash'", "auto, plain, splash, cudnn"]),
+    (
+        {"compute__attention": "cudnn"},
+        ["compute.attention=cudnn", "compute.dtype=float32", "bfloat16"],
+    ),
+    *(
+        (
+            {
+                "compute__attention": "cudnn",
+                "compute__dtype": "bfloat16",
+                "model__head_dim": head_dim,
+            },
+            ["compute.attention=cudnn", f"model.head_dim={head_dim}", "multiples of 8 up to 128"],
+        )
+        for head_dim in (36, 136)
+    ),
     ({"mesh__model": 3}, ["mesh.model=3", "model.tp_shards=8", "1, 2, 4, 8"]),
     ({"mesh__model": 16}, ["mesh.model=16", "model.tp_shards=8", "1, 2, 4, 8"]),
     ({"mesh__data": 0}, ["mesh.data=0", "at least 1", "-1"]),

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from caat_jax import attention, optimizer
 from caat_jax import config as config_lib
-from caat_jax import optimizer
 from caat_jax.transformer import Blueprint
 from configs import base
 
@@ -102,7 +102,9 @@ def test_norms_alone_are_not_decayed(tied_head):
     given = base.get_config()
     given.model.tied_head = tied_head
     config = config_lib.resolve(given).with_vocabulary(258)
-    decayed = optimizer.decayed(Blueprint(config.model, config.compute).logical_axes)
+    decayed = optimizer.decayed(
+        Blueprint(config.model, config.compute, attention.plain).logical_axes
+    )
     flat, _ = jax.tree_util.tree_flatten_with_path(decayed)
     assert len(flat) == (11 if tied_head else 12)
     for path, is_decayed in flat:

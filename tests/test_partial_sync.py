@@ -109,6 +109,17 @@ def test_attention_over_several_blocks(M):
     check(config_of(4, M, CHOICES[0], sync_factor=0.5), sequences=2, length=150)
 
 
+@pytest.mark.parametrize(("M", "remat"), [(1, False), (2, True), (8, True)])
+def test_splash_attention(M, remat):
+    """The TPU's kernel, interpreted."""
+    config = models.small_config(
+        model=dict(tp_shards=8, sync_factor=0.5),
+        compute=dict(attention="splash", remat=remat),
+        mesh=dict(data=2 if M < 8 else 1, model=M),
+    )
+    check(config)
+
+
 def test_accumulation_is_the_same_mean():
     """Microbatches count by their targets: the padded row's one weighs less."""
     config = models.small_config(
