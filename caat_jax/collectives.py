@@ -8,7 +8,7 @@ import math
 
 import jax.numpy as jnp
 
-from caat_jax.sharding import GRADIENT_REDUCTION, PARAMETER_GATHER
+from caat_jax.sharding import GRADIENT_REDUCTION
 from caat_jax.transformer import EMBEDDING, HEAD_AND_LOSS, LAYERS
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -59,24 +59,24 @@ class Collective:
         return rounds * self.payload_bytes * (self.group_size - 1) / self.group_size
 
 
-def place(name: str, kind: str) -> str:
+def place(name: str, kind: str, axes: tuple[str, ...]) -> str:
     """Where an operation belongs, one of PLACES, from the named scopes it was traced in.
 
     Args:
       name: "…/transpose(jvp(layers))/…/psum": scopes and transformations, outermost first.
       kind: one of KINDS.
+      axes: the mesh axes it runs over.
     """
-    if PARAMETER_GATHER in name:  # its transpose sums gradients
-        return "parameter gather" if kind == "all-gather" else "gradient reduction"
     if GRADIENT_REDUCTION in name:
         return "gradient reduction"
-    if EMBEDDING in name:
-        return "embedding"
-    if HEAD_AND_LOSS in name:
-        return "head and loss"
-    if LAYERS in name:
+    scopes = [scope for scope in (EMBEDDING, LAYERS, HEAD_AND_LOSS) if scope in name]
+    if not scopes:
+        return "optimizer and metrics"
+    if "model" not in axes:  # within the model, the other axes only split parameters
+        return "parameter gather" if kind == "all-gather" else "gradient reduction"
+    if scopes == [LAYERS]:
         return "layer backward" if f"transpose(jvp({LAYERS}))" in name else "layer forward"
-    return "optimizer and metrics"
+    return "embedding" if scopes == [EMBEDDING] else "head and loss"
 
 
 def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -73,7 +73,7 @@ def audit(programs: Programs) -> Audit:
                 operation.kind,
                 axes,
                 max(len(group) for group in operation.groups),
-                place(operation.name, operation.kind),
+                place(operation.name, operation.kind, axes),
                 operation.arrays,
                 operation.times,
                 operation.asynchronous,

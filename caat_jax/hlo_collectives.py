@@ -119,7 +119,7 @@ class _Walk:
             # ended in the last.
             first, inner = steps[0]
             between = self._between(computation, first.name, steps[-1][0].name)
-            self._collect(computation, inner[0], inner[1], times, between)
+            self._collect((computation, first), inner[0], inner[1], times, between)
 
     def _visit(self, computation: str, instruction: Instruction, times: int) -> None:
         opcode = instruction.opcode
@@ -131,7 +131,7 @@ class _Walk:
             for name in instruction.called("body", "condition"):
                 self.run(name, times * (1 if trips is None else trips))
         elif opcode in KINDS:
-            self._collect(computation, computation, instruction, times)
+            self._collect((computation, instruction), computation, instruction, times)
         elif opcode == "async-start" or opcode.removesuffix("-start") in KINDS:
             self._visit_start(computation, instruction, times)
         elif opcode == "conditional":
@@ -146,6 +146,12 @@ class _Walk:
             target = (instruction.attribute("custom_call_target") or "").strip('"')
             if not target.startswith(_LOCAL_CUSTOM_CALLS):
                 self.problems.append(f"custom call to {target}: it may communicate")
+        elif opcode == "fusion" and called[0].startswith("all-reduce-scatter"):
+            # The TPU compiler's way to write a reduce-scatter: one fusion of reduce and slice.
+            for inner in self.module.computations[called[0]].values():
+                if inner.opcode == "all-reduce":
+                    reduction = dataclasses.replace(inner, opcode="reduce-scatter")
+                    self._collect((computation, instruction), called[0], reduction, times)
         elif opcode in ("fusion", "call"):
             for name in called:
                 self.run(name, times)
@@ -159,24 +165,32 @@ class _Walk:
             self.problems.append(f"{start.name}: where it ends")
         between = self._between(computation, start.name, end) if end else ()
         if start.opcode != "async-start":
-            self._collect(computation, computation, start, times, between)
+            self._collect((computation, start), computation, start, times, between)
             return
         for name in start.called(*_CALLS):
             for inner in self.module.computations[name].values():
                 if inner.opcode in KINDS:
-                    self._collect(computation, name, inner, times, between)
+                    self._collect((computation, start), name, inner, times, between)
                 else:
                     self._visit(name, inner, times)
 
     def _collect(
         self,
-        computation: str,
+        scheduled: tuple[str, Instruction],
         defined_in: str,
         instruction: Instruction,
         times: int,
         between: tuple[str, ...] | None = None,
     ) -> None:
-        """Adds one collective; `between` is None for one that is not asynchronous."""
+        """Adds one collective.
+
+        Args:
+          scheduled: the computation that runs it, and what stands for it there.
+          defined_in: the computation of the collective itself.
+          instruction: the collective.
+          times: how often it runs.
+          between: what runs meanwhile; None for one that is not asynchronous.
+        """
         kind = instruction.opcode.removesuffix("-start")
         arrays = element_types(instruction.result)
         if kind == "reduce-scatter":
@@ -201,11 +215,22 @@ class _Walk:
                     groups,
                     tuple(arrays),
                     times,
-                    instruction.op_name,
+                    instruction.op_name or self._name(*scheduled),
                     between is not None,
                     between or (),
                 )
             )
+
+    def _name(self, computation: str, instruction: Instruction) -> str:
+        """The scopes of an instruction, or of what it reads where the compiler made it up."""
+        instructions = self.module.computations[computation]
+        nearest = [instruction]
+        for current in nearest:  # grows as it goes
+            if current.op_name:
+                return current.op_name
+            read = [instructions[name] for name in current.operands if name in instructions]
+            nearest += [i for i in read if i not in nearest]
+        return ""
 
     def _between(self, computation: str, start: str, end: str) -> tuple[str, ...]:
         """What is scheduled between two instructions: products by that name, else the opcode."""

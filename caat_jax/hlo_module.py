@@ -60,7 +60,7 @@ class Module:
         counts = dict(re.findall(r"(num_partitions|replica_count)=(\d+)", header))
         self.devices = math.prod(int(count) for count in counts.values())
         current = None
-        for line in text.splitlines()[1:]:
+        for line in _whole_lines(text.splitlines()[1:]):
             begin = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
             if begin and not line.startswith(" "):
                 current = self.computations.setdefault(begin[2], {})
@@ -142,6 +142,20 @@ def element_types(result: str) -> list[tuple[str | None, tuple[int, ...]]]:
         (_DTYPES.get(dtype), tuple(_integers(shape)))
         for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result)
     ]
+
+
+def _whole_lines(lines: list[str]) -> Iterator[str]:
+    """Lines of instructions that break off inside of a bracket joined with those that follow."""
+    begun, depth = "", 0
+    for line in lines:
+        unquoted = re.sub(r'"(?:\\.|[^"\\])*"', "", line)
+        if begun or line.startswith(" "):
+            depth += unquoted.count("{") - unquoted.count("}")
+        if depth > 0:
+            begun += line + " "
+        else:
+            yield begun + line
+            begun, depth = "", 0
 
 
 def _parse_instruction(line: str) -> Instruction | None:

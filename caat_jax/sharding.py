@@ -19,8 +19,8 @@ from caat_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "model")
 
-# Names of places, as in `transformer.py`.
-PARAMETER_GATHER, GRADIENT_REDUCTION = "parameter_gather", "gradient_reduction"
+# The name of a place, as in `transformer.py`.
+GRADIENT_REDUCTION = "gradient_reduction"
 
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     # activations
@@ -112,10 +112,9 @@ def gather(weight: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
     """The whole of a weight that is stored in parts over `fsdp`; its transpose reduce-scatters."""
     if lax.axis_size("fsdp") == 1:
         return weight
-    with jax.named_scope(PARAMETER_GATHER):
-        for position, name in enumerate(logical_axes):
-            if "fsdp" in LOGICAL_AXIS_RULES[name]:
-                weight = lax.all_gather(weight, "fsdp", axis=position, tiled=True)
+    for position, name in enumerate(logical_axes):
+        if "fsdp" in LOGICAL_AXIS_RULES[name]:
+            weight = lax.all_gather(weight, "fsdp", axis=position, tiled=True)
     return weight
 
 

@@ -210,6 +210,25 @@ def test_chain_of_fusions_is_one_operation():
     assert operation.between == ("matrix product", "tanh")
 
 
+def test_reduce_scatter_as_a_fusion_named_after_what_it_reads():
+    text = module(
+        [
+            '%n = f32[4,8]{1,0} negate(%p), metadata={op_name="jit(f)/embedding/scatter"}',
+            "%c = f32[4,8]{1,0} copy(%n)",
+            "ROOT %r = f32[1,8]{1,0} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.2",
+        ],
+        """%all-reduce-scatter.2 (q: f32[4,8]) -> f32[1,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  %a = f32[4,8]{1,0} all-reduce(%q), replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %o = f32[1,8]{1,0} slice(%a), slice={[0:1], [0:8]}
+}""",
+    )
+    (operation,) = hlo_collectives.read(text).collectives
+    assert (operation.kind, operation.groups) == ("reduce-scatter", ROWS)
+    assert operation.arrays == (("float32", (4, 8)),)
+    assert operation.name == "jit(f)/embedding/scatter"
+
+
 def loop(condition, first="%zero", step="%one"):
     """A module with a loop that counts from `first` by `step`, with an all-reduce in it."""
     body = f"""%body (t: (s32[], f32[4,8], s32[])) -> (s32[], f32[4,8], s32[]) {{
@@ -284,6 +303,18 @@ def test_loop_of_unknown_length_is_reported_and_counted_once(text):
 def test_what_is_not_understood_is_said(line, said):
     reading = hlo_collectives.read(module([line, "ROOT %r = f32[4,8]{1,0} copy(%p)"]))
     assert [said in problem for problem in reading.not_understood] == [True]
+
+
+def test_instruction_over_several_lines():
+    text = module(
+        [
+            '%k = f32[4,8] custom-call(%p), custom_call_target="tpu_custom_call", '
+            'frontend_attributes={kernel_metadata={\n"a":"{\\"b\\": 1}"\n}},'
+            ' backend_config={"c":"}"}',
+            f"ROOT %r = f32[4,8]{{1,0}} {ALL_REDUCE.format(groups='{}')}",
+        ]
+    )
+    assert found(text) == [one("all-reduce", (tuple(range(8)),), (4, 8), 1)]
 
 
 def test_branches_are_all_counted_and_reported():
