@@ -29,8 +29,8 @@ from caat_jax.errors import InputError
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 SPLASH_LANES = 128  # the kernel's blocks are multiples of this
-# Not tuned on a TPU: it is what MaxText starts from.  Larger blocks compile too, but
-# compute more of what is masked on the diagonal; smaller ones fetch the keys more often.
+# Not tuned on a TPU: it is what MaxText starts from.  Larger blocks compile too, but compute more
+# of what is masked on the diagonal; smaller ones fetch the keys more often.
 SPLASH_BLOCK = 512
 
 

@@ -22,6 +22,9 @@ from caat_jax.partial_sync import Stream, Wire
 
 INITIAL_STD = 0.02
 
+# The name of what a fused kernel computes, where there is one (`attention.py`).
+ATTENTION = "attend"
+
 
 def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], logical_axes: tuple[str, ...], std: float = INITIAL_STD
@@ -74,7 +77,9 @@ class Attention(nnx.Module):
             part.reshape(*part.shape[:-1], -1, arch.head_dim)
             for part in jnp.split(projected, ends[:-1], axis=-1)
         )
-        attended = self.attend(rotate(query, rotation), rotate(key, rotation), value)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        with jax.named_scope(ATTENTION):
+            attended = self.attend(query, key, value)
         return partial_sync.project_and_add(
             stream,
             attended.reshape(*attended.shape[:-2], -1),

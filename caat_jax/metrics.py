@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from caat_jax import chips
 from caat_jax.config import Architecture
 from caat_jax.errors import InputError
 
@@ -26,25 +27,6 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 _NOT_FINITE = ("nan", "inf", "-inf")
-
-# Dense bfloat16 FLOP/s of one device, under the name that `jax.Device.device_kind` gives it.
-# TPUs: "Peak compute per chip (bf16)" of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}.
-# NVIDIA: the SXM figures of the A100, H100 and H200 data sheets without sparsity, which is half of
-# what the H100's and H200's print (1,979 TFLOP/s, 1,978.9 before rounding in the Hopper white
-# paper).  The H100 PCIe and H200 NVL run slower and have other names.
-_PEAK_BFLOAT16_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-}
 
 
 class MetricsWriter:
@@ -158,7 +140,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
       dtype: of the matrix products, `config.Compute.dtype`.  Only bfloat16 has figures: vendors
         give none for float32 on TPUs, and on GPUs it depends on the matmul precision.
     """
-    return _PEAK_BFLOAT16_FLOPS.get(device_kind) if dtype == "bfloat16" else None
+    chip = chips.by_device_kind(device_kind)
+    return chip.flops if chip and dtype == "bfloat16" else None
 
 
 class Throughput:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from caat_jax.config import MeshConfig
@@ -88,19 +88,30 @@ def create_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> M
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def abstract_mesh(sizes: MeshConfig) -> AbstractMesh:
+    """The same mesh without devices: enough to trace a program, too little to run it."""
+    shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """That of the mesh's devices, which may be other than JAX's default; "cpu" without devices."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else "cpu"
+
+
 def _slice(device: jax.Device) -> int:
     """The TPU slice of a device: 0 where there is only one, and on other platforms."""
     return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
-def named_shardings(mesh: Mesh, specs: Any) -> Any:
+def named_shardings(mesh: Mesh | AbstractMesh, specs: Any) -> Any:
     """A tree of `NamedSharding`s from a tree of `PartitionSpec`s."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """How a batch of token sequences [B, T + 1] lies on the mesh."""
     return NamedSharding(mesh, partition_spec(("batch", "sequence")))
 

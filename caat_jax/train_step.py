@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from caat_jax import attention, compiler_options, loss, optimizer, sharding
@@ -34,11 +34,10 @@ class TrainState(NamedTuple):
 class Programs:
     """The programs of one configuration on one mesh; each is compiled at its first call."""
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
         self.config = config
         self.mesh = mesh
-        # The mesh's platform, not JAX's default: programs are also compiled for absent devices.
-        platform = mesh.devices.flat[0].platform
+        platform = sharding.platform(mesh)
         self.attention = attention.choose(config.model, config.compute, platform)
         self.blueprint = Blueprint(
             config.model, config.compute, attention.kernel(self.attention, platform)
@@ -69,11 +68,18 @@ class Programs:
         """A fresh state, laid out on the mesh; the same values on every mesh."""
         return jax.jit(self._initial_state, out_shardings=self.state_shardings)()
 
-    def compile_train_step(self) -> jax.stages.Compiled:
-        """The training step, compiled before there is a state or a batch."""
+    def trace_train_step(self) -> jax.stages.Traced:
+        """The training step, traced before there is a state or a batch.
+
+        All that also works on a mesh without devices, `sharding.abstract_mesh`.
+        """
         shape = (self.config.train.global_batch, self.config.data.sequence_length + 1)
         batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        return self.train_step.lower(self.state_shapes, batch).compile()
+        return self.train_step.trace(self.state_shapes, batch)
+
+    def compile_train_step(self) -> jax.stages.Compiled:
+        """The training step, compiled before there is a state or a batch."""
+        return self.trace_train_step().lower().compile()
 
     def _initial_state(self) -> TrainState:
         parameters = self.blueprint.initialise(self.config.seed)
