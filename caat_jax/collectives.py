@@ -42,6 +42,11 @@ class Collective:
     between: tuple[str, ...] = ()  # those, where the schedule is known
 
     @property
+    def overlaps(self) -> bool:
+        """Whether a matrix product runs between its start and its end."""
+        return "matrix product" in self.between
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of `arrays`, once."""
         return sum(array_bytes(dtype, shape) for dtype, shape in self.arrays)

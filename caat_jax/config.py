@@ -137,6 +137,13 @@ class Config:
     optimizer: OptimizerConfig
     train: TrainConfig
 
+    def with_sync_factor(self, p: float) -> "Config":
+        """The same configuration with this synchronisation factor in every sublayer."""
+        factors = ((p, p),) * self.model.layers
+        return dataclasses.replace(
+            self, model=dataclasses.replace(self.model, sync_factors=factors)
+        )
+
     def with_vocabulary(self, tokenizer_size: int) -> "Config":
         """Fills in or checks `model.vocab_size` against a tokeniser of that many ids."""
         model = self.model

@@ -17,7 +17,7 @@ _LOCAL = frozenset(
     """
     abs add add-dependency after-all and atan2 batch-norm-grad batch-norm-inference
     batch-norm-training bitcast bitcast-convert broadcast cbrt ceil cholesky clamp clz compare
-    complex concatenate constant convert convolution copy copy-done copy-start cosine divide domain
+    complex concatenate constant convert convolution copy cosine divide domain
     dot dynamic-reshape dynamic-slice dynamic-update-slice erf exponential exponential-minus-one fft
     floor gather get-dimension-size get-tuple-element imag iota is-finite log log-plus-one logistic
     map maximum minimum multiply negate not opt-barrier optimization-barrier or pad parameter
@@ -34,6 +34,7 @@ _LOCAL = frozenset(
 _LOCAL_CUSTOM_CALLS = (
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
     "Sharding",
     "SPMDFullToShardShape",
     "SPMDShardToFullShape",
@@ -155,8 +156,8 @@ class _Walk:
         elif opcode in ("fusion", "call"):
             for name in called:
                 self.run(name, times)
-        elif opcode not in _LOCAL and not opcode.endswith(("-update", "-done")):
-            self.problems.append(f"operation {opcode} ({instruction.name})")
+        elif re.sub("-(start|update|done)$", "", opcode) not in (*_LOCAL, *KINDS, "async"):
+            self.problems.append(f"operation {opcode}: it may communicate")
 
     def _visit_start(self, computation: str, start: Instruction, times: int) -> None:
         """The start of an asynchronous operation, which may be wrapped in its own computation."""

@@ -82,7 +82,7 @@ def configurations(config: Config, devices: int, factors: Sequence[float]) -> li
         )
     config = dataclasses.replace(config, mesh=resolve_mesh(config, devices))
     ordered = sorted({1.0, *factors}, reverse=True)
-    chosen = [step_time_model.with_sync_factor(config, p) for p in ordered]
+    chosen = [config.with_sync_factor(p) for p in ordered]
     differing = len({p for pair in config.model.sync_factors for p in pair}) > 1
     return chosen + [config] * differing
 

@@ -101,14 +101,6 @@ class Prediction:
         return self.workload.state_bytes <= self.chip.memory_bytes
 
 
-def with_sync_factor(config: Config, p: float) -> Config:
-    """The configuration with this synchronisation factor in every sublayer."""
-    factors = ((p, p),) * config.model.layers
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, sync_factors=factors)
-    )
-
-
 def workload(config: Config) -> Workload:
     """Traces the training step on a mesh without devices, and counts.
 

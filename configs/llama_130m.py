@@ -27,6 +27,7 @@ def get_config():
     config.optimizer.warmup_steps = 2000
     config.train.steps = 500_000
     config.train.global_batch = 256
+    config.train.accumulation_steps = 4
     config.train.log_every = 10
     config.train.eval_every = 1000
     config.train.eval_sequences = 1024

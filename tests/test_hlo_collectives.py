@@ -252,7 +252,8 @@ def loop(condition, first="%zero", step="%one"):
         [
             "%zero = s32[] constant(1)",
             "%bound = s32[] constant(7)",
-            "%c = s32[] copy(%bound)",
+            "%a = (s32[], s32[], u32[]) copy-start(%bound)",
+            "%c = s32[] copy-done(%a)",
             "%m = s32[] fusion(%p), kind=kLoop, calls=%sum",
             f"%t = (s32[], f32[4,8]{{1,0}}, s32[]) tuple({first}, %p, %c)",
             "%w = (s32[], f32[4,8]{1,0}, s32[]) while(%t), condition=%test, body=%body",

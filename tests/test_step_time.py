@@ -127,10 +127,7 @@ def predictions():
     config = models.small_config(
         mesh=dict(fsdp=2, model=4), compute=dict(dtype="bfloat16", remat=True)
     )
-    works = [
-        step_time_model.workload(step_time_model.with_sync_factor(config, p))
-        for p in (1.0, 0.5, 0.25)
-    ]
+    works = [step_time_model.workload(config.with_sync_factor(p)) for p in (1.0, 0.5, 0.25)]
     chosen = [*chips.CHIPS[:7], CHIP]
     return [[predict(work, chip) for work in works] for chip in chosen]
 

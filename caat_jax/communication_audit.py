@@ -1,0 +1,116 @@
+"""Compiles the training step for devices that need not be there, and reads what it communicates."""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from caat_jax import hlo_collectives, operations, sharding
+from caat_jax.collectives import PLACES, Collective, place
+from caat_jax.config import MeshConfig
+from caat_jax.train_step import Programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What one compiled program communicates and needs; bytes and FLOPs of one device."""
+
+    collectives: tuple[Collective, ...]  # equal ones once, in the order of the program
+    not_understood: tuple[str, ...]
+    memory_bytes: dict[str, int]  # by kind, and "together"
+    product_flops: float  # of the matrix products, those included that are computed again
+    compile_seconds: float
+
+    def wire_bytes(
+        self, axis: str, places: Sequence[str] = PLACES, waiting_only: bool = False
+    ) -> float:
+        """Bytes that each device sends in one run over a mesh axis, at these places.
+
+        An operation over several axes together counts for each of them.  `waiting_only`: of
+        those operations beside which the compiler has scheduled no matrix product.
+        """
+        return sum(
+            c.times * c.wire_bytes
+            for c in self.collectives
+            if axis in c.axes and c.place in places and not (waiting_only and c.overlaps)
+        )
+
+
+def audit(programs: Programs) -> Audit:
+    """Compiles the training step and reads it."""
+    start = time.perf_counter()
+    compiled = programs.compile_train_step()
+    seconds = time.perf_counter() - start
+    reading = hlo_collectives.read(compiled.as_text())
+    problems = list(reading.not_understood)
+    found = []
+    for operation in reading.collectives:
+        axes = mesh_axes(operation, programs.mesh)
+        if not axes:
+            problems.append(
+                f"{operation.kind} over devices that are no mesh axis: {operation.groups[0]}, …"
+            )
+        found.append(
+            Collective(
+                operation.kind,
+                axes,
+                max(len(group) for group in operation.groups),
+                place(operation.name, operation.kind, axes),
+                operation.arrays,
+                operation.times,
+                operation.asynchronous,
+                operation.between,
+            )
+        )
+    return Audit(
+        _merged(found), tuple(problems), _memory(compiled), _product_flops(programs), seconds
+    )
+
+
+def mesh_axes(operation: hlo_collectives.CompiledCollective, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes that an operation runs over; empty where its groups are those of none."""
+    places = np.arange(mesh.size).reshape(mesh.devices.shape)
+    wide = [axis for axis, size in mesh.shape.items() if size > 1]
+    for count in range(1, len(wide) + 1):
+        for axes in itertools.combinations(wide, count):
+            positions = [mesh.axis_names.index(axis) for axis in axes]
+            groups = np.moveaxis(places, positions, range(-count, 0))
+            groups = groups.reshape(-1, np.prod([mesh.shape[axis] for axis in axes]))
+            members = {frozenset(group) for group in groups.tolist()}
+            if operation.kind == "collective-permute":
+                if all(any(m.issuperset(pair) for m in members) for pair in operation.groups):
+                    return axes
+            elif members == {frozenset(group) for group in operation.groups}:
+                return axes
+    return ()
+
+
+def _merged(found: list[Collective]) -> tuple[Collective, ...]:
+    """Equal operations as one that runs so much more often."""
+    times = collections.Counter()
+    for collective in found:
+        times[dataclasses.replace(collective, times=0)] += collective.times
+    return tuple(dataclasses.replace(c, times=n) for c, n in times.items())
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    sizes = compiled.memory_analysis()
+    kinds = {
+        "arguments": sizes.argument_size_in_bytes,
+        "results outside of them": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+    }
+    return kinds | {"together": sum(kinds.values())}
+
+
+def _product_flops(programs: Programs) -> float:
+    """Counted in the program as it is traced without devices: with attention as products."""
+    mesh = sharding.abstract_mesh(MeshConfig(**programs.mesh.shape, simulated_devices=0))
+    traced = Programs(programs.config, mesh).trace_train_step()
+    return operations.count(traced.jaxpr).flops
