@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import re
 import time
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ from caat_jax.train_step import Programs
 class Audit:
     """What one compiled program communicates and needs; bytes and FLOPs of one device."""
 
-    collectives: tuple[Collective, ...]  # equal ones once, in the order of the program
+    # Equal ones once, in the order of the program; combined ones in parts, by place.
+    collectives: tuple[Collective, ...]
     not_understood: tuple[str, ...]
     memory_bytes: dict[str, int]  # by kind, and "together"
     product_flops: float  # of the matrix products, those included that are computed again
@@ -55,21 +57,40 @@ def audit(programs: Programs) -> Audit:
             problems.append(
                 f"{operation.kind} over devices that are no mesh axis: {operation.groups[0]}, …"
             )
-        found.append(
-            Collective(
-                operation.kind,
-                axes,
-                max(len(group) for group in operation.groups),
-                place(operation.name, operation.kind, axes),
-                operation.arrays,
-                operation.times,
-                operation.asynchronous,
-                operation.between,
+        for where, arrays in _parts(operation, axes):
+            found.append(
+                Collective(
+                    operation.kind,
+                    axes,
+                    max(len(group) for group in operation.groups),
+                    where,
+                    arrays,
+                    operation.times,
+                    operation.asynchronous,
+                    operation.between,
+                )
             )
-        )
     return Audit(
         _merged(found), tuple(problems), _memory(compiled), _product_flops(programs), seconds
     )
+
+
+def _parts(
+    operation: hlo_collectives.CompiledCollective, axes: tuple[str, ...]
+) -> list[tuple[str, tuple]]:
+    """The places an operation belongs to, with its arrays there.
+
+    Where XLA combines several operations into one, the name is often "scope/(name:name:name)".
+    """
+    combined = re.fullmatch(r".*?\((.*:.*)\)", operation.name)
+    names = combined[1].split(":") if combined else []
+    if len(names) != len(operation.arrays):
+        names = [operation.name] * len(operation.arrays)
+    parts: dict[str, tuple] = {}
+    for name, array in zip(names, operation.arrays, strict=True):
+        where = place(name, operation.kind, axes)
+        parts[where] = (*parts.get(where, ()), array)
+    return list(parts.items())
 
 
 def mesh_axes(operation: hlo_collectives.CompiledCollective, mesh: Mesh) -> tuple[str, ...]:
