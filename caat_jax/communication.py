@@ -50,11 +50,24 @@ def main(config: Config) -> None:
     audits = {}
     for name, variant in variants.items():
         print(f"compiling at {name} for {mesh.size} devices", file=sys.stderr)
-        audits[name] = communication_audit.audit(Programs(variant, mesh))
+        audits[name] = _audit(Programs(variant, mesh))
     if _JSON.value:
         print(json.dumps(communication_report.to_json(config, mesh, audits), indent=1))
     else:
         print(communication_report.tables(config, mesh, audits))
+
+
+def _audit(programs: Programs) -> communication_audit.Audit:
+    try:
+        return communication_audit.audit(programs)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        raise InputError(
+            f"the training step does not fit: {reason} More train.accumulation_steps,"
+            " compute.remat=True or a larger mesh.fsdp take less"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -259,6 +259,50 @@ def test_evaluation_of_a_workdir_without_checkpoint(run, tmp_path, made):
     assert workdir.exists() == made and not (made and list(workdir.iterdir()))
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--program=fly"], ["--program=fly", "train"]),
+        (["--topology=v5e"], ["--topology=v5e", "v5p:4x4x4"]),
+        (["--topology=v5e:3x3"], ["--topology=v5e:3x3", "v5p:4x4x4"]),
+        (["--topology=v5e:2x2", "--slices=0"], ["--slices=0", "at least 1"]),
+        (["--slices=2"], ["--slices=2", "--topology"]),
+        (
+            ["--topology=v5e:2x4", "--config.mesh.model=4", "--config.mesh.data=4"],
+            ["mesh.data=4", "8 devices"],
+        ),
+        (
+            ["--topology=v5e:2x4", "--slices=2", "--config.mesh.fsdp=2", "--config.mesh.data=1"],
+            ["mesh.data=1", "2 TPU slices"],
+        ),
+        (["--config.mesh.model=4", "--config.mesh.data=1"], ["mesh.model=4", "8 devices"]),
+    ],
+    ids=str,
+)
+def test_communication_refuses(run, arguments, said):
+    if any("topology" in argument for argument in arguments):
+        pytest.importorskip("libtpu")
+    assert_refused(run("caat_jax/communication.py", TINY, *arguments), *said)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--devices=8"], ["--chip is missing", "v5p"]),
+        (["--devices=8", "--chip=v5q"], ["--chip=v5q", "nearest is v5p"]),
+        (["--chip=v5p"], ["devices"]),
+        (["--devices=12", "--chip=v5p"], ["12 devices", "mesh.model=8"]),
+        (["--devices=8", "--chip=v5p", "--p=1.5"], ["--p=1.5", "[0, 1]"]),
+        (["--devices=8", "--chip=v5p", "--flops=1e12"], ["--memory_rate"]),
+    ],
+    ids=str,
+)
+def test_step_time_refuses(run, arguments, said):
+    fields = ["--config.compute.dtype=bfloat16", "--config.model.vocab_size=264"]
+    fields.append("--config.mesh.model=8")
+    assert_refused(run("caat_jax/step_time.py", TINY, *fields, *arguments), *said)
+
+
 def test_run_that_works_and_then_another_architecture(run, small, tmp_path):
     """The way from train.py to eval.py, and its workdir given to another model."""
     workdir = tmp_path / "run"

@@ -97,7 +97,7 @@ def check_model_axis(found: Audit, config: Config, p: float, forward_bytes: int)
     assert scales == (2 * arch.layers + 1) * arch.embed_dim  # γ of all norms, once a step
 
 
-@pytest.mark.parametrize("p", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("p", [1.0, 0.5, 0.25, 0.0])
 @pytest.mark.parametrize("compute", [{}, {"scan_layers": True, "remat": True}])
 def test_tiny_on_the_simulated_mesh(compute, p):
     config = tiny_config(**compute)
