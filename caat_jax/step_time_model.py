@@ -5,10 +5,11 @@
     collective    hops · latency + bytes each device sends / bandwidth
 
 A ring of n devices takes n − 1 hops to gather or to scatter, and both for an all-reduce.  Each
-reduction over `model` waits for the product before it, and the product after it waits for the
-reduction, so all of their time is exposed.  The gathers of parameters and the sums of gradients
-(`fsdp`, `data`) depend on nothing close by and can run while the device computes; how many do is
-the compiler's business, so there are two bounds: all that can, and none.
+reduction over `model` stands between two products of its layer, so all of its time counts as
+exposed; what a compiler finds to run beside it is left out (docs/communication.md).  The gathers of
+parameters and the sums of gradients (`fsdp`, `data`) depend on nothing close by and can run while
+the device computes; how many do is the compiler's business, so there are two bounds: all that can,
+and none.
 """
 
 import dataclasses
