@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -49,14 +48,9 @@ def audit(programs: Programs) -> Audit:
     compiled = programs.compile_train_step()
     seconds = time.perf_counter() - start
     reading = hlo_collectives.read(compiled.as_text())
-    problems = list(reading.not_understood)
     found = []
     for operation in reading.collectives:
         axes = mesh_axes(operation, programs.mesh)
-        if not axes:
-            problems.append(
-                f"{operation.kind} over devices that are no mesh axis: {operation.groups[0]}, …"
-            )
         for where, arrays in _parts(operation, axes):
             found.append(
                 Collective(
@@ -71,7 +65,11 @@ def audit(programs: Programs) -> Audit:
                 )
             )
     return Audit(
-        _merged(found), tuple(problems), _memory(compiled), _product_flops(programs), seconds
+        _merged(found),
+        reading.not_understood,
+        _memory(compiled),
+        _product_flops(programs),
+        seconds,
     )
 
 
@@ -89,26 +87,25 @@ def _parts(
     parts: dict[str, tuple] = {}
     for name, array in zip(names, operation.arrays, strict=True):
         where = place(name, operation.kind, axes)
+        dtype, shape = array
+        if where == "optimizer and metrics" and shape and "float" in dtype:
+            # Outside of the scopes only scalars are reduced; XLA combines gradients with them.
+            where = "gradient reduction"
         parts[where] = (*parts.get(where, ()), array)
     return list(parts.items())
 
 
 def mesh_axes(operation: hlo_collectives.CompiledCollective, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes that an operation runs over; empty where its groups are those of none."""
-    places = np.arange(mesh.size).reshape(mesh.devices.shape)
-    wide = [axis for axis, size in mesh.shape.items() if size > 1]
-    for count in range(1, len(wide) + 1):
-        for axes in itertools.combinations(wide, count):
-            positions = [mesh.axis_names.index(axis) for axis in axes]
-            groups = np.moveaxis(places, positions, range(-count, 0))
-            groups = groups.reshape(-1, np.prod([mesh.shape[axis] for axis in axes]))
-            members = {frozenset(group) for group in groups.tolist()}
-            if operation.kind == "collective-permute":
-                if all(any(m.issuperset(pair) for m in members) for pair in operation.groups):
-                    return axes
-            elif members == {frozenset(group) for group in operation.groups}:
-                return axes
-    return ()
+    """The mesh axes that an operation runs over: along which the devices of a group differ.
+
+    With several TPU slices, groups are numbered within one slice; `data`, the outermost axis,
+    spans them.
+    """
+    differ = set()
+    for group in operation.groups:
+        positions = np.array(np.unravel_index(group, mesh.devices.shape))
+        differ |= set(np.flatnonzero((positions != positions[:, :1]).any(axis=1)))
+    return tuple(axis for i, axis in enumerate(mesh.axis_names) if i in differ)
 
 
 def _merged(found: list[Collective]) -> tuple[Collective, ...]:

@@ -36,6 +36,8 @@ _LOCAL_CUSTOM_CALLS = (
     "AssumeGatherIndicesInBound",
     "ConcatBitcast",
     "Sharding",
+    "SliceId",
+    "ZeroCrop",
     "SPMDFullToShardShape",
     "SPMDShardToFullShape",
     "TopK",
@@ -50,6 +52,9 @@ _LOCAL_CUSTOM_CALLS = (
     "annotate_device_placement",
     "lapack_",
 )
+
+# What a transfer between TPU slices has in its attributes.
+_MEGASCALE = "xla_megascale_runtime"
 
 # Attributes that name the computations an operation runs, once each.
 _CALLS = ("calls", "to_apply", "called_computations")
@@ -156,6 +161,8 @@ class _Walk:
         elif opcode in ("fusion", "call"):
             for name in called:
                 self.run(name, times)
+        elif _MEGASCALE in instruction.attributes:
+            self._visit_megascale(computation, instruction, times)
         elif re.sub("-(start|update|done)$", "", opcode) not in (*_LOCAL, *KINDS, "async"):
             self.problems.append(f"operation {opcode}: it may communicate")
 
@@ -174,6 +181,31 @@ class _Walk:
                     self._collect((computation, start), name, inner, times, between)
                 else:
                     self._visit(name, inner, times)
+
+    def _visit_megascale(self, computation: str, transfer: Instruction, times: int) -> None:
+        """A part of a reduction between TPU slices: send, receive, and the ends of both.
+
+        The runtime sums what all slices send; "{1,2}x{0:63}" are two slices of 64 devices.
+        """
+        if transfer.opcode != "send":
+            return
+        target = re.search(r'_xla_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"', transfer.attributes)
+        if not target or '_xla_megascale_transfer_type="ALL_REDUCE"' not in transfer.attributes:
+            self.problems.append(f"{transfer.name}: a transfer between slices")
+            return
+        slices, devices = len(target[1].split(",")), int(target[2]) + 1
+        end = _end(self.module.computations[computation], transfer) or transfer.name
+        self.collectives.append(
+            CompiledCollective(
+                "all-reduce",
+                tuple(tuple(range(i, slices * devices, devices)) for i in range(devices)),
+                tuple(element_types(transfer.result)[:1]),  # of (what is sent, context, token)
+                times,
+                self._name(computation, transfer),
+                True,
+                self._between(computation, transfer.name, end),
+            )
+        )
 
     def _collect(
         self,

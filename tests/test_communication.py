@@ -225,7 +225,8 @@ def test_factors_per_sublayer():
         (((0, 4), (1, 5), (2, 6), (3, 7)), ("data",)),
         (((0, 2, 4, 6), (1, 3, 5, 7)), ("data", "fsdp")),
         (((7, 6, 5, 4, 3, 2, 1, 0),), ("data", "fsdp", "model")),
-        (((0, 3), (1, 2), (4, 7), (5, 6)), ()),
+        (((0, 3), (1, 2), (4, 7), (5, 6)), ("fsdp", "model")),
+        (((0, 1), (2, 3)), ("model",)),  # of one slice of two
     ],
 )
 def test_mesh_axes_of_groups(groups, axes):

@@ -229,6 +229,30 @@ def test_reduce_scatter_as_a_fusion_named_after_what_it_reads():
     assert operation.name == "jit(f)/embedding/scatter"
 
 
+def test_reduction_between_tpu_slices():
+    handler = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale'
+        '_runtime",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    lines = [
+        "%t = token[] after-all()",
+        f"%s = (f32[4,8]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=3, {handler}",
+        f"%v = (f32[4,8]{{1,0}}, u32[], token[]) recv(%t), channel_id=2, {handler}",
+        "%n = f32[4,8]{1,0} negate(%p)",
+        f"%sd = token[] send-done(%s), channel_id=3, {handler}",
+        f"%vd = (f32[4,8]{{1,0}}, token[]) recv-done(%v), channel_id=2, {handler}",
+        "ROOT %r = f32[4,8]{1,0} get-tuple-element(%vd), index=0",
+    ]
+    (operation,) = hlo_collectives.read(module(lines)).collectives
+    assert (operation.kind, operation.arrays) == ("all-reduce", (("float32", (4, 8)),))
+    assert operation.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert operation.asynchronous and "negate" in operation.between
+    lines[1] = lines[1].replace("ALL_REDUCE", "ALL_TO_ALL")
+    reading = hlo_collectives.read(module(lines))
+    assert reading.collectives == ()
+    assert reading.not_understood == ("s: a transfer between slices",)
+
+
 def loop(condition, first="%zero", step="%one"):
     """A module with a loop that counts from `first` by `step`, with an all-reduce in it."""
     body = f"""%body (t: (s32[], f32[4,8], s32[])) -> (s32[], f32[4,8], s32[]) {{
