@@ -33,7 +33,7 @@ class Collective:
     """
 
     kind: str  # one of KINDS
-    axes: tuple[str, ...]  # the mesh axes it runs over; empty: none that could be told
+    axes: tuple[str, ...]  # the mesh axes it runs over
     group_size: int  # devices that take part together
     place: str  # one of PLACES
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, shape) as NumPy names them

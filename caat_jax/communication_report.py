@@ -69,7 +69,7 @@ def _operations(name: str, found: Audit) -> str:
     for c in sorted(found.collectives, key=lambda c: (c.axes, PLACES.index(c.place))):
         rows.append(
             (
-                "+".join(c.axes) or "?",
+                "+".join(c.axes),
                 c.place,
                 c.kind,
                 _arrays(c),
