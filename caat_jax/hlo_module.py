@@ -24,6 +24,8 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """`[ROOT] %name = result opcode(operands), attributes`."""
+
     name: str
     result: str  # its type, as written
     opcode: str

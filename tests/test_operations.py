@@ -136,7 +136,7 @@ VARYING = ("a", "b")
     [
         (lambda x: x + lax.psum(x, "a"), "all-reduce", ("a",), 4, 96, 2 * 96 * 3 / 4),
         (lambda x: x + lax.psum(x, VARYING), "all-reduce", VARYING, 8, 96, 2 * 96 * 7 / 8),
-        (lambda x: x + lax.pmax(x, ("b", "one")), "all-reduce", ("b",), 2, 96, 96),
+        (lambda x: x + lax.pmax(x, "b"), "all-reduce", ("b",), 2, 96, 96),
         (lambda x: x + lax.pmin(x, "b"), "all-reduce", ("b",), 2, 96, 96),
         (
             lambda x: lax.all_gather(x, "a", tiled=True),
