@@ -98,7 +98,11 @@ class Checkpoints:
 
     def restore_parameters(self, step: int, programs: Programs) -> Any:
         """The parameters alone, laid out for these programs' mesh."""
-        wanted = {"parameters": programs.state_shapes.parameters}
+        return self.restore_some_parameters(step, programs.state_shapes.parameters)
+
+    def restore_some_parameters(self, step: int, shapes: Any) -> Any:
+        """The parameters in `shapes`, a part of the nested dictionary of all, laid out as there."""
+        wanted = {"parameters": shapes}
         restored = self._manager().restore(
             step,
             args=ocp.args.Composite(

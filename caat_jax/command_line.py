@@ -34,10 +34,14 @@ def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> No
     def call(_: list[str]) -> None:
         _or_exit(lambda: main(config_lib.resolve(config.value)) if config is not None else main())
 
-    # Orbax and others log every step they take; warnings remain.
+    quieten_logs()
+    app.run(call, flags_parser=parse)
+
+
+def quieten_logs() -> None:
+    """Leaves warnings: Orbax and others log every step they take."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("jax").setLevel(logging.WARNING)
-    app.run(call, flags_parser=parse)
 
 
 def simulate_devices(mesh: config_lib.MeshConfig) -> None:

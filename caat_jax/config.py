@@ -36,6 +36,10 @@ class Architecture:
     vocab_size: int
     tied_head: bool
     rope_base: float
+    rope_scaling_factor: float
+    rope_scaling_low_turns: float
+    rope_scaling_high_turns: float
+    rope_scaling_original_length: int
     norm_epsilon: float
     tp_shards: int
     sync_factors: tuple[tuple[float, float], ...]
@@ -330,12 +334,27 @@ def _architecture(model: dict[str, Any]) -> Architecture:
         raise InputError(
             f"model.head_dim={model['head_dim']}: rotary embedding needs an even number above 0"
         )
-    for field in ("rope_base", "norm_epsilon"):
+    for field in ("rope_base", "rope_scaling_low_turns", "norm_epsilon"):
         _above_zero(f"model.{field}", model[field])
+    _check_rope_scaling(model)
     factor, per_layer = model.pop("sync_factor"), model.pop("sync_factor_per_layer")
     return Architecture(
         **model, sync_factors=_sync_factors(factor, per_layer, layers=model["layers"])
     )
+
+
+def _check_rope_scaling(model: dict[str, Any]) -> None:
+    # `not >=` rather than `<`: it also refuses nan.
+    if not model["rope_scaling_factor"] >= 1:
+        raise InputError(
+            f"model.rope_scaling_factor={model['rope_scaling_factor']} must be at least 1"
+        )
+    if not model["rope_scaling_high_turns"] > model["rope_scaling_low_turns"]:
+        raise InputError(
+            f"model.rope_scaling_high_turns={model['rope_scaling_high_turns']} must be above"
+            f" model.rope_scaling_low_turns={model['rope_scaling_low_turns']}"
+        )
+    _at_least("model.rope_scaling_original_length", model["rope_scaling_original_length"], 1)
 
 
 def _sync_factors(factor: float, per_layer: tuple, layers: int) -> tuple[tuple[float, float], ...]:

@@ -34,8 +34,10 @@ def validation_loss(programs: Programs, parameters: Any, sequences: TokenSequenc
 
 def evaluate_checkpoint(workdir: Path, step: int, config: Config) -> float:
     """The validation loss of one checkpoint, on this machine's devices, whatever it trained on."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
-    cache = open_cache(config.data, load_tokenizer(config.data.tokenizer))
+    cache = open_cache(config.data, tokenizer)
     programs = Programs(config, mesh)
     with Checkpoints(workdir) as checkpoints:
         parameters = checkpoints.restore_parameters(step, programs)

@@ -149,13 +149,22 @@ def swiglu(gate_and_up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def rotary_angles(
-    positions_T: jax.Array, head_dim: int, base: float
-) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions_T: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) [T, 1, h/2] in float32 of the rotary embedding at these positions."""
-    frequencies = base ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angles = positions_T.astype(jnp.float32)[:, None, None] * frequencies
+    angles = positions_T.astype(jnp.float32)[:, None, None] * _rotary_frequencies(arch)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotary_frequencies(arch: Architecture) -> np.ndarray:
+    """Radians a token, float32 [h/2], by which each pair of channels turns."""
+    exponents = -np.arange(0, arch.head_dim, 2, dtype=np.float32) / arch.head_dim
+    frequencies = arch.rope_base**exponents
+    if arch.rope_scaling_factor == 1:
+        return frequencies
+    turns = arch.rope_scaling_original_length * frequencies / (2 * math.pi)
+    low, high = arch.rope_scaling_low_turns, arch.rope_scaling_high_turns
+    kept = np.clip((turns - low) / (high - low), 0, 1)  # the part that is not slowed down
+    return (frequencies * (kept + (1 - kept) / arch.rope_scaling_factor)).astype(np.float32)
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
         """The streams after all layers."""
         arch = self.arch
         positions = jnp.arange(stream.common.shape[1])
-        rotation = rotary_angles(positions, arch.head_dim, arch.rope_base)
+        rotation = rotary_angles(positions, arch)
         graph, stacked = nnx.split(self.layers)
         first = 0
         # Layers with the same widths run as one loop.

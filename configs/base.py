@@ -25,6 +25,13 @@ def get_config() -> ConfigDict:
             vocab_size=-1,  # -1: the tokeniser's, rounded up to a multiple of tp_shards
             tied_head=False,  # True: the output matrix is the embedding
             rope_base=10_000.0,
+            # Llama 3's slower rotation for longer texts (Hugging Face's rope_type "llama3"): pairs
+            # of channels that turn fewer than low_turns times in original_length tokens turn
+            # `factor` times slower, those that turn more than high_turns times as before.
+            rope_scaling_factor=1.0,  # 1: none
+            rope_scaling_low_turns=1.0,
+            rope_scaling_high_turns=4.0,
+            rope_scaling_original_length=8192,
             norm_epsilon=1e-5,
             tp_shards=8,  # S
             sync_factor=1.0,  # p of every sublayer

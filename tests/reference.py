@@ -69,19 +69,36 @@ def rms_norm_backward(d_out, saved):
     return inverse_rms * (d_normalised - normalised * along), d_gamma
 
 
-def rotary(x_BTHh, rope_base, direction=1):
-    """Rotates channel pairs (i, i + h/2) by direction · position · rope_base^(-2i/h)."""
+def rotary_frequency(i, h, base, scaling):
+    """base^(-2i/h), or less where `scaling` is (factor, low turns, high turns, length): then pairs
+    that make fewer than `low` turns in `length` tokens are slowed down, more than `high` are not,
+    and between the two the frequency is interpolated."""
+    frequency = base ** (-2.0 * i / h)
+    if scaling is None:
+        return frequency
+    factor, low, high, length = scaling
+    wavelength = 2 * np.pi / frequency
+    if wavelength < length / high:
+        return frequency
+    if wavelength > length / low:
+        return frequency / factor
+    smooth = (length / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rotary(x_BTHh, rope, direction=1):
+    """Rotates channel pairs (i, i + h/2) by direction · position · frequency of the pair."""
     T, h = x_BTHh.shape[1], x_BTHh.shape[3]
-    frequencies = rope_base ** (-2.0 * np.arange(h // 2) / h)
+    frequencies = [rotary_frequency(i, h, *rope) for i in range(h // 2)]
     angles = direction * np.arange(T)[:, None] * np.tile(frequencies, 2)  # [T, h]
     cosine, sine = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]  # [T, 1, h]
     rotated_half = np.concatenate([-x_BTHh[..., h // 2 :], x_BTHh[..., : h // 2]], axis=-1)
     return x_BTHh * cosine + rotated_half * sine
 
 
-def rotary_backward(d_out_BTHh, rope_base):
+def rotary_backward(d_out_BTHh, rope):
     """A rotation's transpose is the rotation the other way round."""
-    return rotary(d_out_BTHh, rope_base, direction=-1)
+    return rotary(d_out_BTHh, rope, direction=-1)
 
 
 def causal_attention(q_BTHh, k_BUKh, v_BUKh):
@@ -110,24 +127,24 @@ def causal_attention_backward(d_out_BTHh, saved):
     return d_q.reshape(d_out_BTHh.shape), d_k, d_v
 
 
-def attention(hidden_BTD, weights, rope_base):
+def attention(hidden_BTD, weights, rope):
     """Attention with one shard's heads: the shard's part of the output sum, [B, T, D]."""
     q = np.einsum("BTD,DHh->BTHh", hidden_BTD, weights["query"], optimize=True)
     k = np.einsum("BTD,DKh->BTKh", hidden_BTD, weights["key"], optimize=True)
     v = np.einsum("BTD,DKh->BTKh", hidden_BTD, weights["value"], optimize=True)
-    q, k = rotary(q, rope_base), rotary(k, rope_base)
+    q, k = rotary(q, rope), rotary(k, rope)
     heads_BTHh, attention_saved = causal_attention(q, k, v)
     out = np.einsum("BTHh,HhD->BTD", heads_BTHh, weights["output"], optimize=True)
     return out, (hidden_BTD, heads_BTHh, attention_saved)
 
 
-def attention_backward(d_out_BTD, weights, gradients, saved, rope_base):
+def attention_backward(d_out_BTD, weights, gradients, saved, rope):
     """Writes the shard's weight gradients into `gradients`; returns the gradient of hidden."""
     hidden_BTD, heads_BTHh, attention_saved = saved
     gradients["output"][...] = np.einsum("BTHh,BTD->HhD", heads_BTHh, d_out_BTD, optimize=True)
     d_heads_BTHh = np.einsum("BTD,HhD->BTHh", d_out_BTD, weights["output"], optimize=True)
     d_q, d_k, d_v = causal_attention_backward(d_heads_BTHh, attention_saved)
-    d_q, d_k = rotary_backward(d_q, rope_base), rotary_backward(d_k, rope_base)
+    d_q, d_k = rotary_backward(d_q, rope), rotary_backward(d_k, rope)
     d_hidden_BTD = np.zeros_like(hidden_BTD)
     for name, d_projected in (("query", d_q), ("key", d_k), ("value", d_v)):
         gradients[name][...] = np.einsum("BTD,BTHh->DHh", hidden_BTD, d_projected, optimize=True)
@@ -135,8 +152,8 @@ def attention_backward(d_out_BTD, weights, gradients, saved, rope_base):
     return d_hidden_BTD
 
 
-def mlp(hidden_BTD, weights, rope_base):
-    """SwiGLU with one shard's columns: its part of the output sum. No rotary: base unused."""
+def mlp(hidden_BTD, weights, rope):
+    """SwiGLU with one shard's columns: its part of the output sum. No rotary: `rope` unused."""
     gate_BTF, up_BTF = hidden_BTD @ weights["gate"], hidden_BTD @ weights["up"]
     sigmoid_BTF = 1 / (1 + np.exp(-gate_BTF))
     activated_BTF = gate_BTF * sigmoid_BTF * up_BTF
@@ -144,7 +161,7 @@ def mlp(hidden_BTD, weights, rope_base):
     return activated_BTF @ weights["down"], saved
 
 
-def mlp_backward(d_out_BTD, weights, gradients, saved, rope_base):
+def mlp_backward(d_out_BTD, weights, gradients, saved, rope):
     """Writes the shard's weight gradients into `gradients`; returns the gradient of hidden."""
     hidden_BTD, gate_BTF, up_BTF, sigmoid_BTF, activated_BTF = saved
     gradients["down"][...] = np.einsum("BTF,BTD->FD", activated_BTF, d_out_BTD, optimize=True)
@@ -192,26 +209,26 @@ def weights_of_shard(sublayer_weights, n, j, S):
     }
 
 
-def sublayer(function, x_SBTD, weights_by_shard, sync_width, rope_base, norm_epsilon):
+def sublayer(function, x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon):
     """x_j + z_j on every shard, where y_j = function(RMSNorm(x_j), the weights of shard j)."""
     outputs, saved = [], []
     for x_BTD, weights in zip(x_SBTD, weights_by_shard, strict=True):
         hidden_BTD, norm_saved = rms_norm(x_BTD, weights["norm"], norm_epsilon)
-        out_BTD, function_saved = function(hidden_BTD, weights, rope_base)
+        out_BTD, function_saved = function(hidden_BTD, weights, rope)
         outputs.append(out_BTD)
         saved.append((norm_saved, function_saved))
     return x_SBTD + partial_channel_reduce(np.stack(outputs), sync_width), saved
 
 
 def sublayer_backward(
-    function_backward, d_x_SBTD, weights_by_shard, gradients_by_shard, saved, sync_width, rope_base
+    function_backward, d_x_SBTD, weights_by_shard, gradients_by_shard, saved, sync_width, rope
 ):
     """Gradient of the new streams -> of the old ones: through the residual and the function."""
     d_y_SBTD = partial_channel_reduce_backward(d_x_SBTD, sync_width)
     d_old_x_SBTD = d_x_SBTD.copy()
     for j, (norm_saved, function_saved) in enumerate(saved):
         weights, gradients = weights_by_shard[j], gradients_by_shard[j]
-        d_hidden_BTD = function_backward(d_y_SBTD[j], weights, gradients, function_saved, rope_base)
+        d_hidden_BTD = function_backward(d_y_SBTD[j], weights, gradients, function_saved, rope)
         d_x_BTD, d_gamma = rms_norm_backward(d_hidden_BTD, norm_saved)
         d_old_x_SBTD[j] += d_x_BTD
         gradients["norm"][...] += d_gamma  # one parameter for all shards: a sum
@@ -342,7 +359,7 @@ def sublayers_in_order(sync_widths):
         yield n, "mlp", mlp_width
 
 
-def run_forward(params, tokens_BT, S, sync_widths, rope_base, norm_epsilon):
+def run_forward(params, tokens_BT, S, sync_widths, rope, norm_epsilon):
     """-> S logit parts [B, T, V/S], streams after each sublayer, what the backward needs."""
     validate(params, tokens_BT, S, sync_widths)
     x_SBTD = np.stack([embedding_lookup(params["embedding"], tokens_BT, S)] * S)
@@ -350,7 +367,7 @@ def run_forward(params, tokens_BT, S, sync_widths, rope_base, norm_epsilon):
     for n, name, sync_width in sublayers_in_order(sync_widths):
         weights_by_shard = [weights_of_shard(params["layers"][name], n, j, S) for j in range(S)]
         x_SBTD, saved = sublayer(
-            SUBLAYERS[name][0], x_SBTD, weights_by_shard, sync_width, rope_base, norm_epsilon
+            SUBLAYERS[name][0], x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon
         )
         streams.append(x_SBTD)
         sublayers_saved.append(saved)
@@ -358,7 +375,7 @@ def run_forward(params, tokens_BT, S, sync_widths, rope_base, norm_epsilon):
     return logits, streams, (sublayers_saved, head_saved)
 
 
-def run_backward(d_logits, params, tokens_BT, S, sync_widths, rope_base, saved):
+def run_backward(d_logits, params, tokens_BT, S, sync_widths, rope, saved):
     """Gradient of the S logit parts -> gradient of every parameter."""
     sublayers_saved, head_saved = saved
     gradients = map_arrays(np.zeros_like, params)
@@ -371,7 +388,7 @@ def run_backward(d_logits, params, tokens_BT, S, sync_widths, rope_base, saved):
             [weights_of_shard(gradients["layers"][name], n, j, S) for j in range(S)],
             sublayers_saved.pop(),
             sync_width,
-            rope_base,
+            rope,
         )
     # Every shard's stream began as the same embedding: all D channels are summed.
     embedding_lookup_backward(d_x_SBTD.sum(axis=0), gradients["embedding"], tokens_BT, S)
@@ -385,20 +402,23 @@ def forward(
     tp_shards: int,
     sync_widths: Sequence[tuple[int, int]],
     rope_base: float,
+    rope_scaling: tuple | None = None,
     norm_epsilon: float,
 ) -> Activations:
     """The model on tokens [B, T]; `sync_widths` are (attention D_s, MLP D_s) of every layer."""
     params, tokens = map_arrays(to_float64, params), np.asarray(tokens)
-    logits, streams, _ = run_forward(
-        params, tokens, tp_shards, sync_widths, rope_base, norm_epsilon
-    )
+    rope = (rope_base, rope_scaling)
+    logits, streams, _ = run_forward(params, tokens, tp_shards, sync_widths, rope, norm_epsilon)
     return Activations(np.concatenate(logits, axis=-1), streams[-1], np.stack(streams[1::2]))
 
 
-def loss(params, inputs, targets, *, tp_shards, sync_widths, rope_base, norm_epsilon):
+def loss(
+    params, inputs, targets, *, tp_shards, sync_widths, rope_base, rope_scaling=None, norm_epsilon
+):
     """Mean cross-entropy in nats; arguments as `loss_and_gradients`, complex parameters too."""
     params, inputs = map_arrays(to_float64, params), np.asarray(inputs)
-    logits, _, _ = run_forward(params, inputs, tp_shards, sync_widths, rope_base, norm_epsilon)
+    rope = (rope_base, rope_scaling)
+    logits, _, _ = run_forward(params, inputs, tp_shards, sync_widths, rope, norm_epsilon)
     return cross_entropy(logits, np.asarray(targets))[0]
 
 
@@ -410,15 +430,17 @@ def loss_and_gradients(
     tp_shards: int,
     sync_widths: Sequence[tuple[int, int]],
     rope_base: float,
+    rope_scaling: tuple | None = None,
     norm_epsilon: float,
 ) -> tuple[float, dict]:
     """inputs [B, T], targets [B, T] (negative: ignored) -> mean cross-entropy of the counted
     targets in nats, and its gradient as a nested dict shaped like `params`, float64."""
     params, inputs = map_arrays(to_float64, params), np.asarray(inputs)
-    logits, _, saved = run_forward(params, inputs, tp_shards, sync_widths, rope_base, norm_epsilon)
+    rope = (rope_base, rope_scaling)
+    logits, _, saved = run_forward(params, inputs, tp_shards, sync_widths, rope, norm_epsilon)
     mean_loss, loss_saved = cross_entropy(logits, np.asarray(targets))
     d_logits = cross_entropy_backward(loss_saved)
-    gradients = run_backward(d_logits, params, inputs, tp_shards, sync_widths, rope_base, saved)
+    gradients = run_backward(d_logits, params, inputs, tp_shards, sync_widths, rope, saved)
     return float(mean_loss), gradients
 
 

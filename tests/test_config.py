@@ -72,6 +72,17 @@ BAD_FIELDS = [
     ({"model__head_dim": 0}, ["model.head_dim=0", "even"]),
     ({"model__rope_base": 0.0}, ["model.rope_base=0.0", "above 0"]),
     ({"model__rope_base": NAN}, ["model.rope_base=nan", "above 0"]),
+    ({"model__rope_scaling_factor": 0.5}, ["model.rope_scaling_factor=0.5", "at least 1"]),
+    ({"model__rope_scaling_factor": NAN}, ["model.rope_scaling_factor=nan", "at least 1"]),
+    ({"model__rope_scaling_low_turns": 0.0}, ["model.rope_scaling_low_turns=0.0", "above 0"]),
+    (
+        {"model__rope_scaling_high_turns": 1.0},
+        ["model.rope_scaling_high_turns=1.0", "above", "model.rope_scaling_low_turns=1.0"],
+    ),
+    (
+        {"model__rope_scaling_original_length": 0},
+        ["model.rope_scaling_original_length=0", "at least 1"],
+    ),
     ({"model__norm_epsilon": -1e-5}, ["model.norm_epsilon=-1e-05", "above 0"]),
     *(
         ({f"model__{field}": 0}, [f"model.{field}=0", "at least 1"])

@@ -43,6 +43,7 @@ def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
         tp_shards=arch.tp_shards,
         sync_widths=arch.sync_widths,
         rope_base=arch.rope_base,
+        rope_scaling=None if arch.rope_scaling_factor == 1 else rope_scaling(arch),
         norm_epsilon=arch.norm_epsilon,
     )
     inputs = np.maximum(rows[:, :-1], 0)
@@ -62,6 +63,15 @@ def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
         if not error <= tolerance
     }
     assert not too_large
+
+
+def rope_scaling(arch):
+    return (
+        arch.rope_scaling_factor,
+        arch.rope_scaling_low_turns,
+        arch.rope_scaling_high_turns,
+        arch.rope_scaling_original_length,
+    )
 
 
 def config_of(S, M, choices, mesh=None, **model):
@@ -130,6 +140,18 @@ def test_accumulation_is_the_same_mean():
 
 def test_heads_wider_than_the_model():
     check(models.small_config(model=dict(head_dim=6, tp_shards=8, sync_factor=0.5)))
+
+
+def test_scaled_rotary_embedding():
+    """Of the four pairs of channels one turns as before, two a little slower, one slower by 8."""
+    scaling = dict(rope_scaling_factor=8.0, rope_scaling_original_length=64)
+    config = config_of(4, 2, CHOICES[0], head_dim=8, rope_base=100.0, **scaling)
+    check(config)
+    arch = config.model
+    frequencies = [reference.rotary_frequency(i, 8, 100.0, rope_scaling(arch)) for i in range(4)]
+    slower = 100.0 ** (-np.arange(4) / 4) / frequencies
+    assert slower[0] == 1 and np.all((slower[1:3] > 1.1) & (slower[1:3] < 7.9))
+    assert slower[3] == pytest.approx(8)
 
 
 @pytest.mark.parametrize("M", [1, 8])

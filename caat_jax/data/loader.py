@@ -18,6 +18,9 @@ from jax.sharding import NamedSharding
 from caat_jax.data.token_cache import PADDING, TokenSequences
 from caat_jax.errors import InputError
 
+# The state of batches of which none has been read, whichever they will be.
+NOTHING_READ = {"next_batch": 0}
+
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -53,11 +56,14 @@ class TrainBatches:
         return {"next_batch": self._next, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where the iterator was that `get_state` described.
+        """Goes on where the iterator was that `get_state` described, or begins: `NOTHING_READ`.
 
         Raises:
           InputError: that one went through other batches.
         """
+        if state == NOTHING_READ:
+            self.seek(0)
+            return
         for name, value in self._identity.items():
             if state[name] != value:
                 raise InputError(

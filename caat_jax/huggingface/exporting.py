@@ -1,0 +1,120 @@
+"""From a workdir to a folder that `transformers` loads."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from caat_jax import checkpoint, sharding
+from caat_jax.checkpoint import Checkpoints
+from caat_jax.config import Config, MeshConfig
+from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.errors import InputError
+from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
+from caat_jax.train_step import Programs
+
+CODE = Path(__file__).parent / "exported_code" / "modeling_caat_llama.py"
+
+# Of the config.json that came with the weights, what is kept beside the architecture.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Exported(NamedTuple):
+    """What was exported: the checkpoint's step and the configuration that it carries."""
+
+    step: int
+    config: Config
+
+
+def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
+    """Writes a run's newest checkpoint in Hugging Face's format.
+
+    Values are read and written one parameter after the other.
+
+    Args:
+      workdir: the run's folder.
+      destination: a folder that is new or empty.
+      dtype: of the tensors: float32, bfloat16 or float16.
+
+    Raises:
+      InputError: something given cannot work; nothing is written then.
+    """
+    folders.check_new(destination)
+    if dtype not in safetensors_files.DTYPES.values():
+        allowed = ", ".join(safetensors_files.DTYPES.values())
+        raise InputError(f"--dtype={dtype} is not one of {allowed}")
+    step, config = checkpoint.newest_config(workdir)
+    arch = config.model
+    if llama_config.is_dense(arch) and arch.embed_dim % arch.heads:
+        raise InputError(
+            f"model.embed_dim={arch.embed_dim} is no multiple of model.heads={arch.heads}, which"
+            " transformers refuses of a Llama"
+        )
+    one_device = sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1])
+    programs = Programs(config, one_device)
+    with folders.complete_folder(destination) as folder:
+        _write_configuration(folder, workdir / folders.CARRIED_FOLDER, config, dtype)
+        shapes = programs.state_shapes.parameters
+        names_and_shapes = [
+            (name, shape)
+            for row in mapping.rows(arch)
+            for name, _, shape in mapping.tensors(row, mapping.at(shapes, row).shape)
+        ]
+        with Checkpoints(workdir) as checkpoints:
+            arrays = _tensors(checkpoints, step, programs, dtype)
+            safetensors_files.write(folder, names_and_shapes, dtype, arrays)
+    return Exported(step, config)
+
+
+def _tensors(
+    checkpoints: Checkpoints, step: int, programs: Programs, dtype: str
+) -> Iterator[np.ndarray]:
+    """The tensors in the table's order; one parameter is in memory at a time."""
+    shapes = programs.state_shapes.parameters
+    for row in mapping.rows(programs.config.model):
+        wanted = mapping.nested(row, mapping.at(shapes, row))
+        restored = checkpoints.restore_some_parameters(step, wanted)
+        parameter = np.asarray(mapping.at(restored, row))
+        if dtype == "float16" and np.abs(parameter).max() > np.finfo(np.float16).max:
+            raise InputError(
+                f"--dtype=float16 is too narrow for {'.'.join(row.parameter)}; use bfloat16"
+            )
+        for _, layer, _ in mapping.tensors(row, parameter.shape):
+            yield mapping.as_tensor(row, parameter if layer is None else parameter[layer])
+
+
+def _write_configuration(folder: Path, carried: Path, config: Config, dtype: str) -> None:
+    """Everything but the weights: what came with them, or else what the run says."""
+    if carried.is_dir():
+        came = llama_config.read(carried)
+        length = llama_config.max_length(came, carried / llama_config.FILE)
+        token_ids = {key: came[key] for key in _TOKEN_IDS if key in came}
+        folders.copy_files(folders.CARRIED, carried, folder)
+    else:
+        length = config.data.sequence_length
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        _copy_tokenizer(folder, config.data.tokenizer)
+        _write_json(folder / "generation_config.json", token_ids)
+    fields = llama_config.to_fields(config.model, dtype=dtype, max_length=length) | token_ids
+    _write_json(folder / llama_config.FILE, fields)
+    if not llama_config.is_dense(config.model):
+        shutil.copyfile(CODE, folder / CODE.name)
+
+
+def _copy_tokenizer(folder: Path, name: str) -> None:
+    if name == "bytes":  # has no file
+        return
+    path = Path(name).expanduser()
+    shutil.copyfile(path, folder / f"tokenizer{path.suffix}")
+    # Without it `transformers` takes the rules of Llama's own tokeniser for those of any other.
+    kind = {".json": "PreTrainedTokenizerFast", ".model": "LlamaTokenizer"}[path.suffix]
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n")

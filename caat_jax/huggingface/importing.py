@@ -1,0 +1,142 @@
+"""From a folder in Hugging Face's format to a workdir, as `train.py` would have it at step 0."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from caat_jax import config as config_lib
+from caat_jax import sharding
+from caat_jax.checkpoint import Checkpoints
+from caat_jax.config import Architecture, Config, MeshConfig
+from caat_jax.data.loader import NOTHING_READ
+from caat_jax.errors import InputError
+from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
+from caat_jax.huggingface.safetensors_files import StoredTensor
+from caat_jax.train_step import Programs, TrainState
+from configs import base
+
+
+class Imported(NamedTuple):
+    """What was imported: the workdir's configuration, the parameters' number and files' types."""
+
+    config: Config
+    parameters: int
+    dtypes: tuple[str, ...]
+
+
+def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: float) -> Imported:
+    """Writes a workdir with the weights of a Llama, a fresh optimizer state and a configuration.
+
+    Values are read as they are placed on the devices of the mesh, one parameter after the other.
+
+    Args:
+      source: a folder with config.json and safetensors files.
+      workdir: a folder that is new or empty.
+      tp_shards: S.
+      sync_factor: p of every sublayer; below 1 the function is another than the source's.
+
+    Raises:
+      InputError: something given cannot work; nothing is written then.
+    """
+    folders.check_new(workdir)
+    config = _configuration(source, workdir, tp_shards, sync_factor)
+    tensors = safetensors_files.stored_tensors(source)
+    programs = Programs(config, _mesh(config.model))
+    blueprint = programs.blueprint
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    mapping.check(found, config.model, blueprint.shapes)
+    with folders.complete_folder(workdir) as folder:
+        carried = (llama_config.FILE, *folders.CARRIED)
+        folders.copy_files(carried, source, folder / folders.CARRIED_FOLDER)
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(_state(programs, tensors), 0, config, NOTHING_READ)
+    dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
+    return Imported(config, blueprint.size, dtypes)
+
+
+def _configuration(source: Path, workdir: Path, tp_shards: int, sync_factor: float) -> Config:
+    path = source / llama_config.FILE
+    fields = llama_config.read(source)
+    model = llama_config.model_fields(fields, path)
+    _check_shards(model, tp_shards)
+    config = base.get_config()
+    config.model.update(model)
+    config.model.tp_shards = tp_shards
+    config.model.sync_factor = sync_factor
+    length = llama_config.max_length(fields, path)
+    config.data.sequence_length = min(config.data.sequence_length, length)
+    for name in folders.TOKENIZERS:
+        if (source / name).is_file():
+            config.data.tokenizer = str(workdir.absolute() / folders.CARRIED_FOLDER / name)
+            break
+    return config_lib.resolve(config)
+
+
+def _mesh(arch: Architecture) -> Mesh:
+    """One on which every value lies on one device only: there is no batch to split over `data`."""
+    model = math.gcd(len(jax.devices()), arch.tp_shards)
+    fsdp = math.gcd(len(jax.devices()) // model, arch.embed_dim, arch.vocab_size)
+    sizes = MeshConfig(data=1, fsdp=fsdp, model=model, simulated_devices=0)
+    return sharding.create_mesh(sizes, jax.devices()[: fsdp * model])
+
+
+def _check_shards(model: Mapping[str, Any], tp_shards: int) -> None:
+    """Refuses a number of shards that the weights cannot be split into.
+
+    A vocabulary is not padded to a multiple: rows of zeros would have logits of 0, not of −∞, and
+    so take probability from the others; no weights without a bias can say −∞.
+    """
+    split = {name: model[name] for name in ("heads", "kv_heads", "mlp_dim", "vocab_size")}
+    common = math.gcd(*split.values())
+    if tp_shards < 1 or common % tp_shards:
+        sizes = ", ".join(f"{name} {size}" for name, size in split.items())
+        allowed = [str(n) for n in range(1, min(common, 1024) + 1) if common % n == 0]
+        raise InputError(
+            f"--tp_shards={tp_shards} does not divide all of {sizes}; allowed: {', '.join(allowed)}"
+        )
+
+
+def _state(programs: Programs, tensors: Mapping[str, StoredTensor]) -> TrainState:
+    shapes, shardings = programs.state_shapes.parameters, programs.state_shardings
+    parameters: dict[str, Any] = {}
+    for row in mapping.rows(programs.config.model):
+        *groups, name = row.parameter
+        place = parameters
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = _parameter(row, mapping.at(shapes, row), tensors)
+    optimizer_state = jax.jit(programs.optimizer.init, out_shardings=shardings.optimizer_state)(
+        parameters
+    )
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer_state)
+
+
+def _parameter(
+    row: mapping.Row, wanted: jax.ShapeDtypeStruct, tensors: Mapping[str, StoredTensor]
+) -> jax.Array:
+    """A parameter on the mesh; of the files only what a device holds is read for it."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not row.per_layer:
+            tensor = tensors[row.tensor].array()
+            part = mapping.as_parameter(row, tensor, wanted.shape)[index]
+            return np.array(part, wanted.dtype, order="C")
+        layers = range(wanted.shape[0])[index[0]]
+        parts = [
+            mapping.as_parameter(
+                row, tensors[row.tensor.format(layer=layer)].array(), wanted.shape[1:]
+            )[index[1:]]
+            for layer in layers
+        ]
+        stacked = np.empty((len(layers), *parts[0].shape), wanted.dtype)
+        for layer, part in enumerate(parts):
+            stacked[layer] = part
+        return stacked
+
+    return jax.make_array_from_callback(wanted.shape, wanted.sharding, read)
