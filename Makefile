@@ -57,7 +57,8 @@ $(RUNTIME): requirements.txt $(CREATED)
 	@touch $@
 
 # Holds the runtime requirements too, so that stamp is written as well.
-$(DEVELOPMENT): requirements-dev.txt requirements-tpu.txt requirements.txt $(CREATED)
+$(DEVELOPMENT): requirements-dev.txt requirements-tpu.txt requirements-eval.txt requirements.txt \
+    $(CREATED)
 	@echo "Installing into $(VENV), with what the tests need (once, about a minute)"
 	@$(INSTALL) -r requirements-dev.txt
 	@touch $(RUNTIME) $@

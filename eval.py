@@ -1,23 +1,76 @@
-"""Prints the validation loss of a run's newest checkpoint.
+"""Evaluates a run's newest checkpoint: prints a table and writes WORKDIR/evaluation.json.
 
-python eval.py --workdir=runs/tiny
+python eval.py --workdir=runs/tiny                          # loss on the whole validation split
+python eval.py --workdir=runs/tiny --tasks=hellaswag,piqa   # lm-evaluation-harness instead
 """
 
+import types
 from pathlib import Path
 
 from absl import flags
 
 from caat_jax import checkpoint, command_line, evaluation
+from caat_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
+_TASKS = flags.DEFINE_list(
+    "tasks", None, "Tasks of the lm-evaluation-harness, such as hellaswag,piqa."
+)
+_INCLUDE_PATH = flags.DEFINE_string("include_path", None, "A folder of more task YAML files.")
+_NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Examples before each question; default: as the task has it.", 0
+)
+_LIMIT = flags.DEFINE_integer("limit", None, "Only so many examples of each task.", 1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Sequences at a time; default: as in training.", 1
+)
 
 
 def main() -> None:
+    harness = _harness()
     workdir = Path(_WORKDIR.value).expanduser()
     step, config = checkpoint.newest_config(workdir)
+    report = evaluation.Report(workdir, step, config)
     command_line.simulate_devices(config.mesh)
-    loss = evaluation.evaluate_checkpoint(workdir, step, config)
-    print(f"step {step}: validation loss {loss!r} nats per token")
+    if harness:
+        tasks, table = harness.evaluate_tasks(workdir, step, config, _task_options(harness))
+        report.add_tasks(tasks)
+    else:
+        validation = evaluation.evaluate_checkpoint(workdir, step, config)
+        table = validation.table()
+        report.add_validation(validation)
+    model = config.model
+    print(f"step {step}, S={model.tp_shards}, p={model.describe_sync_factors()}\n{table}")
+
+
+def _harness() -> types.ModuleType | None:
+    """`caat_jax.harness` where --tasks is given."""
+    if _TASKS.value is None:
+        for flag in (_INCLUDE_PATH, _NUM_FEWSHOT, _LIMIT, _BATCH_SIZE):
+            if flag.value is not None:
+                raise InputError(f"--{flag.name} is about tasks; give --tasks too")
+        return None
+    if not _TASKS.value or not all(_TASKS.value):
+        raise InputError("--tasks lacks a name; give some, such as --tasks=hellaswag,piqa")
+    try:
+        from caat_jax import harness
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "lm_eval":
+            raise
+        raise InputError(
+            "--tasks needs lm_eval, which is not installed: pip install -r requirements-eval.txt"
+        ) from None
+    return harness
+
+
+def _task_options(harness: types.ModuleType) -> object:
+    return harness.TaskOptions(
+        names=tuple(dict.fromkeys(_TASKS.value)),
+        include_path=_INCLUDE_PATH.value and Path(_INCLUDE_PATH.value).expanduser(),
+        num_fewshot=_NUM_FEWSHOT.value,
+        limit=_LIMIT.value,
+        batch_size=_BATCH_SIZE.value,
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,23 @@ def cross_entropy(logits_GBTv: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return _forward(logits_GBTv, targets_BT)[0]
 
 
+def most_likely(logits_GBTv: jax.Array) -> jax.Array:
+    """The id with the largest logit of the whole vocabulary, the lowest of equals.
+
+    Runs inside `jax.shard_map`; two numbers a token are reduced over the `model` axis.
+
+    Args:
+      logits_GBTv: float32 [G, B, T, v], as for `cross_entropy`.
+
+    Returns:
+      int32 [B, T], equal on all devices of the `model` axis.
+    """
+    largest = lax.pmax(jnp.max(logits_GBTv, axis=(0, -1)), "model")
+    no_id = jnp.iinfo(jnp.int32).max
+    ids = jnp.where(logits_GBTv == largest[..., None], _ids(logits_GBTv), no_id)
+    return lax.pmin(jnp.min(ids, axis=(0, -1)), "model")
+
+
 def _forward(logits, targets):
     largest = lax.pmax(jnp.max(logits, axis=(0, -1)), "model")
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), axis=(0, -1))
@@ -42,10 +59,15 @@ def _backward(residuals, gradient):
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return _ids(logits) == targets[..., None]
+
+
+def _ids(logits: jax.Array) -> jax.Array:
+    """int32 [G, 1, 1, v]: the id that each column of this device's logits belongs to."""
     groups, _, _, columns = logits.shape
     first = lax.axis_index("model") * groups * columns
     ids = first + jnp.arange(groups)[:, None] * columns + jnp.arange(columns)
-    return ids[:, None, None, :] == targets[..., None]
+    return ids[:, None, None, :]
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -67,7 +67,7 @@ class MetricsWriter:
         values = {name: float(value) for name, value in values.items()}
         line = {"step": step}
         for name, value in values.items():
-            line[name] = value if math.isfinite(value) else str(value)
+            line[name] = json_number(value)
             self._events.add_scalar(name, value, step)
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -86,6 +86,11 @@ class MetricsWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def json_number(value: float) -> float | str:
+    """The value, or "nan", "inf" or "-inf", for which JSON has no number."""
+    return value if math.isfinite(value) else str(value)
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:

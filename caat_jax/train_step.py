@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from caat_jax import attention, compiler_options, loss, optimizer, sharding
@@ -62,6 +62,13 @@ class Programs:
         )
         self.eval_step = jax.jit(
             self._shard_map(self._loss_sum, out_specs=(P(), P())), compiler_options=options
+        )
+        rows = self.batch_sharding.spec
+        self.score_step = jax.jit(
+            self._shard_map(self._token_scores, out_specs=(rows, rows)),
+            # Whole on every device, so that every process can read all of it: it is small.
+            out_shardings=NamedSharding(mesh, P()),
+            compiler_options=options,
         )
 
     def initial_state(self) -> TrainState:
@@ -174,11 +181,28 @@ class Programs:
             lax.psum(jnp.sum(batch[:, 1:] >= 0), DATA_AXES),
         )
 
+    def _token_scores(self, parameters: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of every target of sequences [B, T + 1]: its log-likelihood and whether it comes first.
+
+        Returns:
+          float32 [B, T] in nats, 0 for padding; bool [B, T], whether no id has a larger logit and
+          no lower id the same.
+        """
+        varying = sharding.mark_varying(parameters, self.blueprint.specs)
+        logits = self._logits(varying, batch)
+        with jax.named_scope(HEAD_AND_LOSS):
+            losses = loss.cross_entropy(logits, batch[:, 1:])
+            return -losses, loss.most_likely(logits) == batch[:, 1:]
+
     def _token_losses(self, parameters: Any, rows: jax.Array) -> jax.Array:
         """float32 [B, T] of token sequences [B, T + 1]."""
-        logits = self.blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))
+        logits = self._logits(parameters, rows)
         with jax.named_scope(HEAD_AND_LOSS):
             return loss.cross_entropy(logits, rows[:, 1:])
+
+    def _logits(self, parameters: Any, rows: jax.Array) -> jax.Array:
+        """float32 [G, B, T, v] of token sequences [B, T + 1]."""
+        return self.blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))
 
 
 def one_program_at_a_time() -> bool:

@@ -4,9 +4,9 @@
         --config.data.tfds_name=c4/en --config.data.tokenizer=tokenizer.model
 
 Needs a corpus, a SentencePiece tokeniser with 32,000 ids, and at least one accelerator; a mesh
-`model` size of 8 for the paper's setting, where each of 4 microbatches fits into 16 GB.  The figures
-are those of the authors' run script; their run stopped at step 30,010 of the 500,000 that its
-learning rate was planned for.
+`model` size of 8 for the paper's setting, where each of 4 microbatches fits into 16 GB.  The
+figures are those of the authors' run script; their run stopped at step 30,010 of the 500,000 that
+its learning rate was planned for.
 """
 
 from configs import base

@@ -1,6 +1,7 @@
 """Small configurations, and what a model computes on a mesh of the simulated devices."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from caat_jax import config as config_lib
-from caat_jax import sharding
+from caat_jax import sharding, train_loop
 from caat_jax.config import Config
 from caat_jax.train_step import DATA_AXES, Programs
 from configs import base
@@ -32,6 +33,37 @@ def small_config(
     config.data.sequence_length = 16
     config.train.update(dict(global_batch=4) | train)
     return config_lib.resolve(config)
+
+
+def small_run(folder: Path, texts: list[str], fields: dict | None = None) -> Path:
+    """The workdir of a short run on all 8 simulated devices: p = 0.5, T = 64, bytes of `texts`."""
+    (folder / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"texts/{number:02}.txt").write_bytes(text.encode())
+    config = base.get_config()
+    config.model.update(SMALL | dict(heads=8, head_dim=8, sync_factor=0.5, vocab_size=-1))
+    config.data.update(
+        files=f"{folder}/texts/*.txt",
+        cache_dir=f"{folder}/cache",
+        holdout_every=2,
+        sequence_length=64,
+    )
+    config.optimizer.update(peak_learning_rate=1e-2, warmup_steps=2)
+    config.train.update(steps=20, global_batch=8)
+    config.update_from_flattened_dict(fields or {})
+    train_loop.train(config_lib.resolve(config), folder / "run")
+    return folder / "run"
+
+
+def method(config: Config) -> dict[str, Any]:
+    """What the emulation in `reference.py` is to know of a model."""
+    arch = config.model
+    return dict(
+        tp_shards=arch.tp_shards,
+        sync_widths=arch.sync_widths,
+        rope_base=arch.rope_base,
+        norm_epsilon=arch.norm_epsilon,
+    )
 
 
 def programs(config: Config) -> Programs:

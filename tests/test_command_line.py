@@ -7,6 +7,7 @@ runs as users run it.
 
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -262,6 +263,30 @@ def test_evaluation_of_a_workdir_without_checkpoint(run, tmp_path, made):
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["--tasks="], ["--tasks lacks a name", "hellaswag"]),
+        (["--tasks=piqa,,arc_easy"], ["--tasks lacks a name"]),
+        (["--limit=3"], ["--limit", "give --tasks"]),
+        (["--include_path=."], ["--include_path", "give --tasks"]),
+        (["--tasks=piqa", "--batch_size=0"], ["--batch_size", "0"]),
+        (["--tasks=piqa", "--num_fewshot=-1"], ["--num_fewshot", "-1"]),
+    ],
+    ids=str,
+)
+def test_evaluation_refuses_flags(run, tmp_path, arguments, said):
+    assert_refused(run("eval.py", f"--workdir={tmp_path}/run", *arguments), *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_without_lm_eval():
+    hidden = "sys.modules['lm_eval'] = None; runpy.run_path('eval.py', run_name='__main__')"
+    command = ["-c", f"import runpy, sys; {hidden}", "--workdir=/nonexistent/x", "--tasks=piqa"]
+    said = ["lm_eval", "not installed", "pip install -r requirements-eval.txt"]
+    assert_refused(run_as_users_do(*command), *said)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
         (["--program=fly"], ["--program=fly", "train"]),
         (["--topology=v5e"], ["--topology=v5e", "v5p:4x4x4"]),
         (["--topology=v5e:3x3"], ["--topology=v5e:3x3", "v5p:4x4x4"]),
@@ -311,7 +336,7 @@ def test_run_that_works_and_then_another_architecture(run, small, tmp_path):
     assert f"python eval.py --workdir={workdir}" in stdout
     code, evaluated, stderr = run("eval.py", f"--workdir={workdir}")
     assert code == 0, stderr
-    loss = float(evaluated.split()[4])
+    loss = float(re.search(r"validation loss +(\S+)", evaluated)[1])
     assert f"validation loss {loss:.4f} nats per token" in stdout
 
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}

@@ -349,7 +349,7 @@ def test_evaluation_repeats_the_loss_on_any_mesh(finished, mesh):
     assert step == STEPS
     sizes = dataclasses.replace(config.mesh, data=mesh[0], fsdp=mesh[1], model=mesh[2])
     config = dataclasses.replace(config, mesh=sizes)
-    evaluated = evaluation.evaluate_checkpoint(workdir, step, config)
+    evaluated = evaluation.evaluate_checkpoint(workdir, step, config).loss
     assert evaluated == pytest.approx(loss, abs=1e-6 if mesh == (1, 1, 8) else 1e-5)
 
 
@@ -358,8 +358,9 @@ def test_eval_py_repeats_the_loss_on_one_device(finished):
     workdir, loss = finished
     command = [sys.executable, "eval.py", f"--workdir={workdir}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    printed = re.fullmatch(r"step 20: validation loss (\d+\.\d+) nats per token\n", done.stdout)
-    assert float(printed[1]) == pytest.approx(loss, abs=1e-5)
+    (printed,) = re.findall(r"^validation loss +(\d+\.\d+) +nats per token", done.stdout, re.M)
+    assert done.stdout.startswith("step 20, S=8, p=0.5\n")
+    assert float(printed) == pytest.approx(loss, abs=1e-5)
 
 
 def test_evaluation_leaves_the_run_alone(finished, tmp_path):
