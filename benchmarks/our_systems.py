@@ -24,7 +24,7 @@ from configs import base
 
 def build_caat(devices: int, p: float) -> tuple[Callable[[], float], str]:
     """The project's own training step on a mesh of `model` = `devices`."""
-    programs, batch = _programs(devices, p)
+    programs, batch = programs_and_batch(devices, p)
     batch = jax.device_put(batch, programs.batch_sharding)
     state = programs.initial_state()
 
@@ -38,7 +38,7 @@ def build_caat(devices: int, p: float) -> tuple[Callable[[], float], str]:
 
 def build_dense() -> tuple[Callable[[], float], str]:
     """The same model, parameters and optimizer in plain JAX."""
-    programs, batch = _programs(devices=1, p=1.0)
+    programs, batch = programs_and_batch(devices=1, p=1.0)
     model = programs.config.model
     parameters = dense_baseline.from_stacked(programs.initial_state().parameters)
     # Layers are no longer stacked: what is no vector is a matrix.
@@ -58,7 +58,10 @@ def build_dense() -> tuple[Callable[[], float], str]:
     return step, _versions()
 
 
-def _programs(devices: int, p: float) -> tuple[Programs, np.ndarray]:
+def programs_and_batch(
+    devices: int, p: float, sequence_length: int = sizes.LENGTH
+) -> tuple[Programs, np.ndarray]:
+    """The programs on a mesh of `model` = `devices`, and a training batch for them."""
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
     config = base.get_config()
@@ -83,9 +86,10 @@ def _programs(devices: int, p: float) -> tuple[Programs, np.ndarray]:
         gradient_clip_norm=sizes.CLIP_NORM,
     )
     config.train.global_batch = sizes.BATCH
+    config.data.sequence_length = sequence_length
     resolved = config_lib.resolve(config)
     programs = Programs(resolved, sharding.create_mesh(resolved.mesh, jax.devices()[:devices]))
-    shape = sizes.BATCH, sizes.LENGTH + 1
+    shape = sizes.BATCH, sequence_length + 1
     batch = np.random.default_rng(0).integers(sizes.VOCAB_SIZE, size=shape, dtype=np.int32)
     return programs, batch
 

@@ -6,7 +6,7 @@ compute the same function, for grouped queries: query head i uses key head i // 
 inside `jax.shard_map`, on this device's shards.
 
 Axis letters: G groups of shards on this device (`partial_sync.py`), B batch, T sequence, H query
-heads, K key/value heads, h width of a head.
+heads, K key/value heads, h width of a head, C slots of a cache.
 """
 
 import functools
@@ -103,6 +103,49 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         blocks.append((summed / total).astype(value.dtype))
     attended = jnp.moveaxis(jnp.concatenate(blocks, axis=-2), -2, 2)
     return attended.reshape(*attended.shape[:3], H, h)
+
+
+def cache_rows(x: jax.Array) -> jax.Array:
+    """Keys or values [G, B, T, K, h] in the order of a cache, [G·K·B, T, h]."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(-1, *x.shape[3:])
+
+
+def to_cache(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible_BC: jax.Array
+) -> jax.Array:
+    """Attention of one new position to the slots of a cache.
+
+    Args:
+      query: [G, B, 1, H, h].
+      key: [G·K·B, C, h], all key heads of this device in the order of its groups.
+      value: [G·K·B, C, h].
+      visible_BC: bool, the slots that a sequence's query sees; at least one.
+
+    Returns:
+      [G, B, 1, H, h], of the query's type.
+    """
+    G, B, _, H, h = query.shape
+    # The cache's own order: nothing of it is transposed.
+    heads = jnp.moveaxis(query.reshape(G, B, len(key) // (G * B), -1, h), 2, 1)
+    scores = jnp.einsum(
+        "krh,kch->krc",
+        heads.reshape(len(key), -1, h),
+        key,
+        preferred_element_type=jnp.float32,
+    )
+    visible = jnp.tile(visible_BC, (len(key) // B, 1))[:, None]
+    scores = jnp.where(visible, scores / math.sqrt(h), -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    summed = jnp.einsum(
+        "krc,kch->krh",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    attended = (summed / jnp.sum(weights, axis=-1, keepdims=True)).astype(query.dtype)
+    attended = jnp.moveaxis(attended.reshape(G, -1, B, H * B * G // len(key), h), 1, 2)
+    return attended.reshape(G, B, 1, H, h)
 
 
 def splash(

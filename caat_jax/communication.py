@@ -2,25 +2,30 @@
 
     python -m caat_jax.communication --config=configs/llama_7b.py --topology=v5p:4x4x4
 
-Compiles the training step that `train.py` runs, ahead of time and without allocating anything, for
-a TPU pod that need not be there (--topology) or for the devices of this machine, and lists every
-collective operation in it; then compiles it again with everything synchronised (p = 1), and
-compares.  --json prints the same for programs.  docs/communication.md explains the columns.
+Compiles a program, ahead of time and without allocating anything, for a TPU pod that need not be
+there (--topology) or for the devices of this machine, and lists every collective operation in it;
+then compiles it again with everything synchronised (p = 1), and compares.  --program=train is the
+step that `train.py` runs; prefill and decode are those of `generate.py`, decode being one token of
+--batch sequences whose cache has --length slots.  --json prints the same for programs.
+docs/communication.md explains the columns.
 """
 
 import json
+import math
 import sys
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
 from caat_jax import command_line, communication_audit, communication_report, sharding, topology
 from caat_jax.config import Config, resolve_mesh
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.errors import InputError
+from caat_jax.inference_step import InferencePrograms
 from caat_jax.train_step import Programs
 
-PROGRAMS = ("train",)
+PROGRAMS = ("train", "prefill", "decode")
 
 _CONFIG = command_line.config_flag()
 _PROGRAM = flags.DEFINE_string("program", "train", f"What to compile: {', '.join(PROGRAMS)}.")
@@ -28,12 +33,22 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", "", f"A TPU pod, such as {topology.EXAMPLES}; empty: this machine's devices."
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such pods, `data` spanning them.")
+_BATCH = flags.DEFINE_integer(
+    "batch", None, "Sequences in prefill and decode; by default one for each part of the data axes."
+)
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens of a prompt, or slots of the cache; by default data.sequence_length."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the tables.")
 
 
 def main(config: Config) -> None:
     if _PROGRAM.value not in PROGRAMS:
         raise InputError(f"--program={_PROGRAM.value} is not one of: {', '.join(PROGRAMS)}")
+    if _PROGRAM.value == "train":
+        for flag in (_BATCH, _LENGTH):
+            if flag.value is not None:
+                raise InputError(f"--{flag.name}={flag.value} needs --program=prefill or decode")
     if _SLICES.value != 1 and not _TOPOLOGY.value:
         raise InputError(f"--slices={_SLICES.value} needs a --topology")
     if _TOPOLOGY.value:
@@ -47,26 +62,54 @@ def main(config: Config) -> None:
     mesh = sharding.create_mesh(resolve_mesh(config, len(devices)), devices)
     variants = {f"p = {config.model.describe_sync_factors()}": config}
     variants.setdefault("p = 1.0", config.with_sync_factor(1.0))
+    batch, length = (None, None) if _PROGRAM.value == "train" else _sizes(config, mesh)
     audits = {}
     for name, variant in variants.items():
         print(f"compiling at {name} for {mesh.size} devices", file=sys.stderr)
-        audits[name] = _audit(Programs(variant, mesh))
+        audits[name] = _audit(variant, mesh, batch, length)
+    workload = {
+        "train": lambda: communication_report.training(config),
+        "prefill": lambda: communication_report.prefill(config, batch, length),
+        "decode": lambda: communication_report.decode(config, batch, length),
+    }[_PROGRAM.value]()
     if _JSON.value:
-        print(json.dumps(communication_report.to_json(config, mesh, audits), indent=1))
+        print(json.dumps(communication_report.to_json(mesh, audits, workload), indent=1))
     else:
-        print(communication_report.tables(config, mesh, audits))
+        print(communication_report.tables(config, mesh, audits, workload))
 
 
-def _audit(programs: Programs) -> communication_audit.Audit:
+def _sizes(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """--batch and --length, or their defaults."""
+    ways = math.prod(mesh.shape[axis] for axis in sharding.LOGICAL_AXIS_RULES["batch"])
+    batch = ways if _BATCH.value is None else _BATCH.value
+    length = config.data.sequence_length if _LENGTH.value is None else _LENGTH.value
+    if batch < 1 or batch % ways:
+        raise InputError(f"--batch={batch} must be a multiple of mesh.data x mesh.fsdp = {ways}")
+    if length < 1:
+        raise InputError(f"--length={length} must be at least 1")
+    return batch, length
+
+
+def _audit(
+    config: Config, mesh: Mesh, batch: int | None, length: int | None
+) -> communication_audit.Audit:
+    traces = {
+        "train": lambda mesh: Programs(config, mesh).trace_train_step(),
+        "prefill": lambda mesh: InferencePrograms(config, mesh).trace_prefill(batch, length),
+        "decode": lambda mesh: InferencePrograms(config, mesh).trace_decode(batch, length),
+    }
+    advice = {
+        "train": "More train.accumulation_steps, compute.remat=True or a larger mesh.fsdp take less"
+    }
     try:
-        return communication_audit.audit(programs)
+        return communication_audit.audit_program(traces[_PROGRAM.value], mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         raise InputError(
-            f"the training step does not fit: {reason} More train.accumulation_steps,"
-            " compute.remat=True or a larger mesh.fsdp take less"
+            f"--program={_PROGRAM.value} does not fit: {reason}"
+            f" {advice.get(_PROGRAM.value, 'A smaller --batch or --length takes less')}"
         ) from None
 
 

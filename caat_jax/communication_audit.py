@@ -1,14 +1,14 @@
-"""Compiles the training step for devices that need not be there, and reads what it communicates."""
+"""Compiles a program for devices that need not be there, and reads what it communicates."""
 
 import collections
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from caat_jax import hlo_collectives, operations, sharding
 from caat_jax.collectives import PLACES, Collective, place
@@ -44,13 +44,25 @@ class Audit:
 
 def audit(programs: Programs) -> Audit:
     """Compiles the training step and reads it."""
+    return audit_program(
+        lambda mesh: Programs(programs.config, mesh).trace_train_step(), programs.mesh
+    )
+
+
+def audit_program(trace: Callable[[Mesh | AbstractMesh], jax.stages.Traced], mesh: Mesh) -> Audit:
+    """Compiles any program and reads it.
+
+    Args:
+      trace: the program on a mesh, traced from shapes; also on one without devices.
+      mesh: what to compile it for.
+    """
     start = time.perf_counter()
-    compiled = programs.compile_train_step()
+    compiled = trace(mesh).lower().compile()
     seconds = time.perf_counter() - start
     reading = hlo_collectives.read(compiled.as_text())
     found = []
     for operation in reading.collectives:
-        axes = mesh_axes(operation, programs.mesh)
+        axes = mesh_axes(operation, mesh)
         for where, arrays in _parts(operation, axes):
             found.append(
                 Collective(
@@ -64,13 +76,10 @@ def audit(programs: Programs) -> Audit:
                     operation.between,
                 )
             )
-    return Audit(
-        _merged(found),
-        reading.not_understood,
-        _memory(compiled),
-        _product_flops(programs),
-        seconds,
-    )
+    # Counted in the program as it is traced without devices: with attention as products.
+    without_devices = sharding.abstract_mesh(MeshConfig(**mesh.shape, simulated_devices=0))
+    flops = operations.count(trace(without_devices).jaxpr).flops
+    return Audit(_merged(found), reading.not_understood, _memory(compiled), flops, seconds)
 
 
 def _parts(
@@ -125,10 +134,3 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
         "program": sizes.generated_code_size_in_bytes,
     }
     return kinds | {"together": sum(kinds.values())}
-
-
-def _product_flops(programs: Programs) -> float:
-    """Counted in the program as it is traced without devices: with attention as products."""
-    mesh = sharding.abstract_mesh(MeshConfig(**programs.mesh.shape, simulated_devices=0))
-    traced = Programs(programs.config, mesh).trace_train_step()
-    return operations.count(traced.jaxpr).flops

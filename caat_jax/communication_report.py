@@ -16,14 +16,57 @@ from caat_jax.config import Config
 from caat_jax.metrics import model_flops_per_token
 
 
-def tables(config: Config, mesh: Mesh, audits: dict[str, Audit]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What one run of a program does."""
+
+    name: str
+    size: str
+    model_flops: float  # of all devices, see `metrics.model_flops_per_token`
+
+
+def training(config: Config) -> Workload:
+    """One update."""
+    train, length = config.train, config.data.sequence_length
+    return Workload(
+        "training step",
+        f"{train.accumulation_steps} times {train.global_batch // train.accumulation_steps:,}"
+        f" sequences of {length:,} tokens; {config.compute.dtype}"
+        f"{', layers rematerialised' * config.compute.remat}",
+        model_flops_per_token(config.model, length) * train.global_batch * length,
+    )
+
+
+def prefill(config: Config, batch: int, length: int) -> Workload:
+    """Prompts into a cache, and one new token each."""
+    # Forward is a third of training; only the last position of a prompt has logits.
+    everywhere = model_flops_per_token(config.model, length) / 3 * length
+    head = 2 * config.model.embed_dim * config.model.vocab_size
+    return Workload(
+        "prefill",
+        f"{batch:,} prompts of {length:,} tokens; {config.compute.dtype}",
+        batch * (everywhere - head * (length - 1)),
+    )
+
+
+def decode(config: Config, batch: int, length: int) -> Workload:
+    """One new token of each sequence."""
+    # A new token meets the whole cache, one of a training sequence half of its sequence.
+    return Workload(
+        "decode step",
+        f"1 token for {batch:,} sequences, cache of {length:,} slots; {config.compute.dtype}",
+        batch * model_flops_per_token(config.model, 2 * length) / 3,
+    )
+
+
+def tables(config: Config, mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> str:
     """For a terminal: every operation of the first program, then all programs side by side."""
     name, first = next(iter(audits.items()))
     parts = [
-        _heading(config, mesh),
+        _heading(config, mesh, workload),
         _operations(name, first),
         _totals(audits),
-        _needs(config, mesh, audits),
+        _needs(mesh, audits, workload),
     ]
     for name, found in audits.items():
         if found.not_understood:
@@ -32,13 +75,14 @@ def tables(config: Config, mesh: Mesh, audits: dict[str, Audit]) -> str:
     return "\n\n".join(parts)
 
 
-def to_json(config: Config, mesh: Mesh, audits: dict[str, Audit]) -> dict[str, Any]:
+def to_json(mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> dict[str, Any]:
     """Bytes and FLOPs of one device; the bytes of an operation are those of one run."""
     return {
         "devices": mesh.size,
         "device_kind": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
-        "model_flops": _model_flops(config, mesh),
+        "program": workload.name,
+        "model_flops": workload.model_flops / mesh.size,
         "programs": {
             name: dataclasses.asdict(found)
             | {
@@ -53,14 +97,11 @@ def to_json(config: Config, mesh: Mesh, audits: dict[str, Audit]) -> dict[str, A
     }
 
 
-def _heading(config: Config, mesh: Mesh) -> str:
+def _heading(config: Config, mesh: Mesh, workload: Workload) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    rows = config.train.global_batch // config.train.accumulation_steps
     return (
-        f"One training step on {mesh.size} {mesh.devices.flat[0].device_kind} devices: {axes}\n"
-        f"S = {config.model.tp_shards}; {config.train.accumulation_steps} times {rows:,} sequences"
-        f" of {config.data.sequence_length:,} tokens; {config.compute.dtype}"
-        f"{', layers rematerialised' * config.compute.remat}"
+        f"One {workload.name} on {mesh.size} {mesh.devices.flat[0].device_kind} devices: {axes}\n"
+        f"S = {config.model.tp_shards}; {workload.size}"
     )
 
 
@@ -101,7 +142,7 @@ def _totals(audits: dict[str, Audit]) -> str:
     )
 
 
-def _needs(config: Config, mesh: Mesh, audits: dict[str, Audit]) -> str:
+def _needs(mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> str:
     kinds = list(next(iter(audits.values())).memory_bytes)
     rows = [("one device", *audits)]
     for kind in kinds:
@@ -111,19 +152,13 @@ def _needs(config: Config, mesh: Mesh, audits: dict[str, Audit]) -> str:
     if chip:
         shares = [found.memory_bytes["together"] / chip.memory_bytes for found in audits.values()]
         rows.append(("  of the chip's", *(f"{share:.0%}" for share in shares)))
-    model = _model_flops(config, mesh)
+    model = workload.model_flops / mesh.size
     rows.append(("TFLOP a step: of the model", *[f"{model / 1e12:.4g}"] * len(audits)))
     executed = [found.product_flops / 1e12 for found in audits.values()]
     rows.append(("  products, with recomputation", *(f"{flops:.4g}" for flops in executed)))
     seconds = [found.compile_seconds for found in audits.values()]
     rows.append(("seconds to compile", *(f"{each:.0f}" for each in seconds)))
     return _table(rows, right=range(1, len(rows[0])))
-
-
-def _model_flops(config: Config, mesh: Mesh) -> float:
-    """Of one device and step; see `metrics.model_flops_per_token`."""
-    tokens = config.train.global_batch * config.data.sequence_length
-    return model_flops_per_token(config.model, config.data.sequence_length) * tokens / mesh.size
 
 
 def _table(rows: list[tuple[str, ...]], right: Collection[int]) -> str:

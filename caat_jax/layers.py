@@ -18,7 +18,7 @@ from flax import nnx
 from caat_jax import partial_sync
 from caat_jax.attention import Attend
 from caat_jax.config import Architecture
-from caat_jax.partial_sync import Stream, Wire
+from caat_jax.partial_sync import Factors, Stream, Wire
 
 INITIAL_STD = 0.02
 
@@ -62,32 +62,16 @@ class Attention(nnx.Module):
         wire: Wire,
     ) -> Stream:
         """The streams after the sublayer; `rotation` is that of `rotary_angles`."""
-        arch, G = self.arch, stream.groups
-        weights = [
-            w[...].reshape(arch.embed_dim, G, -1) for w in (self.query, self.key, self.value)
-        ]
-        projected = partial_sync.norm_and_project(
-            stream,
-            self.norm[...],
-            jnp.concatenate(weights, axis=-1),
-            epsilon=arch.norm_epsilon,
-        )
-        ends = np.cumsum([w.shape[-1] for w in weights])
-        query, key, value = (
-            part.reshape(*part.shape[:-1], -1, arch.head_dim)
-            for part in jnp.split(projected, ends[:-1], axis=-1)
-        )
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        factors = self.factors(stream.groups, sync_width, stream.common.dtype)
+        query, key, value = query_key_value(stream, factors, rotation, self.arch)
         with jax.named_scope(ATTENTION):
             attended = self.attend(query, key, value)
-        return partial_sync.project_and_add(
-            stream,
-            attended.reshape(*attended.shape[:-2], -1),
-            self.output[...].reshape(G, -1, arch.embed_dim),
-            sync_width=sync_width,
-            tp_shards=arch.tp_shards,
-            wire=wire,
-        )
+        return add_attended(stream, attended, factors, wire)
+
+    def factors(self, groups: int, sync_width: int, dtype: jnp.dtype) -> Factors:
+        """What is multiplied with; the columns of a group are query, key and value in turn."""
+        inputs = (self.query, self.key, self.value)
+        return _factors(self.arch, self.norm, inputs, self.output, groups, sync_width, dtype)
 
 
 class Mlp(nnx.Module):
@@ -103,22 +87,63 @@ class Mlp(nnx.Module):
 
     def __call__(self, stream: Stream, *, sync_width: int, wire: Wire) -> Stream:
         """The streams after the sublayer."""
-        arch, G = self.arch, stream.groups
-        weights = [w[...].reshape(arch.embed_dim, G, -1) for w in (self.gate, self.up)]
-        projected = partial_sync.norm_and_project(
-            stream,
-            self.norm[...],
-            jnp.concatenate(weights, axis=-1),
-            epsilon=arch.norm_epsilon,
-        )
-        return partial_sync.project_and_add(
-            stream,
-            swiglu(projected),
-            self.down[...].reshape(G, -1, arch.embed_dim),
-            sync_width=sync_width,
-            tp_shards=arch.tp_shards,
-            wire=wire,
-        )
+        factors = self.factors(stream.groups, sync_width, stream.common.dtype)
+        return mlp(stream, factors, self.arch, wire)
+
+    def factors(self, groups: int, sync_width: int, dtype: jnp.dtype) -> Factors:
+        """What is multiplied with; the columns of a group are gate and up in turn."""
+        inputs = (self.gate, self.up)
+        return _factors(self.arch, self.norm, inputs, self.down, groups, sync_width, dtype)
+
+
+def query_key_value(
+    stream: Stream,
+    factors: Factors,
+    rotation: tuple[jax.Array, jax.Array],
+    arch: Architecture,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query [G, B, T, H, h], key and value [G, B, T, K, h]; query and key are rotated."""
+    projected = partial_sync.norm_and_project(stream, factors.inputs, epsilon=arch.norm_epsilon)
+    # A group has the same part of all query, key and value heads.
+    columns = projected.shape[-1]
+    keys = columns * arch.kv_heads // (arch.heads + 2 * arch.kv_heads)
+    query, key, value = (
+        part.reshape(*part.shape[:-1], -1, arch.head_dim)
+        for part in jnp.split(projected, (columns - 2 * keys, columns - keys), axis=-1)
+    )
+    return rotate(query, rotation), rotate(key, rotation), value
+
+
+def add_attended(stream: Stream, attended: jax.Array, factors: Factors, wire: Wire) -> Stream:
+    """The streams after an attention sublayer whose heads gave `attended` [G, B, T, H, h]."""
+    activations = attended.reshape(*attended.shape[:-2], -1)
+    return partial_sync.project_and_add(stream, activations, factors, wire)
+
+
+def mlp(stream: Stream, factors: Factors, arch: Architecture, wire: Wire) -> Stream:
+    """The streams after an MLP sublayer."""
+    projected = partial_sync.norm_and_project(stream, factors.inputs, epsilon=arch.norm_epsilon)
+    return partial_sync.project_and_add(stream, swiglu(projected), factors, wire)
+
+
+def _factors(
+    arch: Architecture,
+    norm: nnx.Param,
+    inputs: tuple[nnx.Param, ...],
+    output: nnx.Param,
+    groups: int,
+    sync_width: int,
+    dtype: jnp.dtype,
+) -> Factors:
+    columns = [w[...].reshape(arch.embed_dim, groups, -1) for w in inputs]
+    columns = jnp.concatenate(columns, axis=-1)
+    rows = partial_sync.output_rows(
+        output[...].reshape(groups, -1, arch.embed_dim),
+        sync_width=sync_width,
+        tp_shards=arch.tp_shards,
+        dtype=dtype,
+    )
+    return Factors(partial_sync.scaled_columns(norm[...], columns, dtype), *rows)
 
 
 @jax.custom_vjp
@@ -149,9 +174,9 @@ def swiglu(gate_and_up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def rotary_angles(positions_T: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) [T, 1, h/2] in float32 of the rotary embedding at these positions."""
-    angles = positions_T.astype(jnp.float32)[:, None, None] * _rotary_frequencies(arch)
+def rotary_angles(positions: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) [..., T, 1, h/2] in float32 of the rotary embedding at positions [..., T]."""
+    angles = positions.astype(jnp.float32)[..., None, None] * _rotary_frequencies(arch)
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -172,7 +197,7 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
 
     Args:
       x: [..., T, heads, h].
-      rotation: (cos, sin) [T, 1, h/2].
+      rotation: (cos, sin), each [T, 1, h/2] or [B, T, 1, h/2].
     """
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

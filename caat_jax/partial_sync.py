@@ -54,6 +54,17 @@ class Stream(NamedTuple):
         return self.private.shape[0]
 
 
+class Factors(NamedTuple):
+    """The matrices of one sublayer as they are multiplied with, of this device's shards by group.
+
+    They hold γ and √S, so that a program that runs often can be given them ready made.
+    """
+
+    inputs: jax.Array  # [D, G, n]: columns of the input projections, times γ
+    shared: jax.Array  # [G, k, D_s]: rows of the output projection, the channels to be summed
+    private: jax.Array  # [G, k, D - D_s]: the others, times √S
+
+
 def all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:
     """Sums over the `model` axis; backward, sums the gradients over it.
 
@@ -128,10 +139,15 @@ def _in_wire_type(
     return result.astype(x.dtype)
 
 
+def group_count(local_shards: int, smallest_sync_width: int, width: int) -> int:
+    """G, for a residual stream of `width` channels."""
+    return 1 if smallest_sync_width == width else local_shards
+
+
 def start(x_BTD: jax.Array, local_shards: int, smallest_sync_width: int) -> Stream:
     """The streams x_j = x for every shard j of this device."""
     batch, length, width = x_BTD.shape
-    if local_shards == 1 or smallest_sync_width == width:
+    if group_count(local_shards, smallest_sync_width, width) == 1:
         return Stream(x_BTD, jnp.zeros((1, batch, length, 0), x_BTD.dtype))
     private = x_BTD[None, :, :, smallest_sync_width:]
     return Stream(
@@ -140,10 +156,23 @@ def start(x_BTD: jax.Array, local_shards: int, smallest_sync_width: int) -> Stre
     )
 
 
+def scaled_columns(scale_D: jax.Array, weight_DGn: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """γ ⊙ W [D, G, n], of float32 γ: the product is rounded to `dtype` once."""
+    return (scale_D[:, None, None] * weight_DGn).astype(dtype)
+
+
+def output_rows(
+    weight_GkD: jax.Array, *, sync_width: int, tp_shards: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """`Factors.shared` and `Factors.private` of an output projection."""
+    # √S goes into the weight: that is a smaller array than the activations.
+    private = math.sqrt(tp_shards) * weight_GkD[..., sync_width:]
+    return weight_GkD[..., :sync_width].astype(dtype), private.astype(dtype)
+
+
 def norm_and_project(
     stream: Stream,
-    scale_D: jax.Array,
-    weight_DGn: jax.Array,
+    scaled_DGn: jax.Array,
     *,
     epsilon: float,
     out_dtype: jnp.dtype | None = None,
@@ -155,37 +184,32 @@ def norm_and_project(
 
     Args:
       stream: the residual streams, in the type of the matrix product.
-      scale_D: γ, float32.
-      weight_DGn: the columns of this device's shards, by group.
+      scaled_DGn: γ ⊙ W, the columns of this device's shards, in the stream's type.
       epsilon: added to the mean square.
       out_dtype: of the result; the stream's type by default.
     """
     dtype = stream.common.dtype
     out_dtype = dtype if out_dtype is None else out_dtype
-    scaled = (scale_D[:, None, None] * weight_DGn).astype(dtype)
     if stream.groups == 1:
-        return _normalised_product(stream.common, scaled[:, 0], epsilon, out_dtype)[None]
+        return _normalised_product(stream.common, scaled_DGn[:, 0], epsilon, out_dtype)[None]
     common, private = stream
     width = common.shape[-1]
     product = jnp.einsum(
-        "gbtd,dgn->gbtn", private, scaled[width:], preferred_element_type=out_dtype
+        "gbtd,dgn->gbtn", private, scaled_DGn[width:], preferred_element_type=out_dtype
     )
     square_sum = _square_sum(private)
     if width:
         product += jnp.einsum(
-            "btd,dgn->gbtn", common, scaled[:width], preferred_element_type=out_dtype
+            "btd,dgn->gbtn", common, scaled_DGn[:width], preferred_element_type=out_dtype
         )
         square_sum += _square_sum(common)
-    return _times_token(product, lax.rsqrt(square_sum / scale_D.shape[0] + epsilon))
+    return _times_token(product, lax.rsqrt(square_sum / scaled_DGn.shape[0] + epsilon))
 
 
 def project_and_add(
     stream: Stream,
     activations_GBTk: jax.Array,
-    weight_GkD: jax.Array,
-    *,
-    sync_width: int,
-    tp_shards: int,
+    factors: Factors,
     wire: Wire,
 ) -> Stream:
     """Output projection, partial channel-reduce and residual connection of one sublayer.
@@ -193,25 +217,19 @@ def project_and_add(
     Args:
       stream: the residual streams.
       activations_GBTk: what the shards' heads or MLP columns computed.
-      weight_GkD: the rows of the output projection that belong to them.
-      sync_width: D_s of this sublayer.
-      tp_shards: S.
+      factors: the sublayer's, in the stream's type.
       wire: the types of the reduction.
 
     Returns:
       The streams after the sublayer.
     """
     common, private = stream
-    dtype = common.dtype
     parts = []
-    if sync_width:
-        weight = weight_GkD[..., :sync_width].astype(dtype)
-        partial = jnp.einsum("gbtk,gkd->btd", activations_GBTk, weight)
+    if factors.shared.shape[-1]:
+        partial = jnp.einsum("gbtk,gkd->btd", activations_GBTk, factors.shared)
         parts.append(all_reduce(partial, wire)[None])
-    if sync_width < weight_GkD.shape[-1]:
-        # √S goes into the weight: that is a smaller array than the activations.
-        weight = (math.sqrt(tp_shards) * weight_GkD[..., sync_width:]).astype(dtype)
-        parts.append(jnp.einsum("gbtk,gkd->gbtd", activations_GBTk, weight))
+    if factors.private.shape[-1]:
+        parts.append(jnp.einsum("gbtk,gkd->gbtd", activations_GBTk, factors.private))
     if stream.groups == 1:
         return Stream(common + jnp.concatenate(parts, axis=-1)[0], private)
     width = common.shape[-1]

@@ -6,6 +6,7 @@ boundary of `jax.shard_map`, what is gathered before use, and which axes a gradi
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,9 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),  # D as an axis of a weight: stored in parts, gathered before use
     "head_dim": (),
     "norm": (),
+    # inference
+    "cache_rows": ("model", "data", "fsdp"),  # heads times sequences, each split as above
+    "unsplit": (),  # an axis of the weights for inference, which are whole but for the shards
 }
 
 
@@ -54,6 +58,12 @@ def partition_spec(logical_axes: tuple[str, ...]) -> P:
     if len(set(mesh_axes)) != len(mesh_axes):
         raise ValueError(f"{logical_axes} would use a mesh axis twice: {mesh_axes}")
     return P(*(LOGICAL_AXIS_RULES[name] or None for name in logical_axes))
+
+
+def without_fsdp(spec: P) -> P:
+    """The same layout, but whole over `fsdp`."""
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+    return P(*(tuple(a for a in axes if a not in (None, "fsdp")) or None for axes in entries))
 
 
 def create_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -114,6 +124,29 @@ def named_shardings(mesh: Mesh | AbstractMesh, specs: Any) -> Any:
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """How a batch of token sequences [B, T + 1] lies on the mesh."""
     return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+
+
+def over_mesh(
+    function: Callable, mesh: Mesh | AbstractMesh, dtype: str, *, in_specs: Any, out_specs: Any
+) -> Callable:
+    """`function` of each device's parts, as a function of whole arrays: `jax.shard_map`.
+
+    Args:
+      function: what runs on each device.
+      mesh: all of its axes are the function's own affair.
+      dtype: that of the matrix products.
+      in_specs: how each argument is split.
+      out_specs: how the results are.
+    """
+    # By default, TPUs and GPUs multiply float32 matrices in a shorter type, and TPUs then sum
+    # over `model` in bfloat16 too.
+    precision = "float32" if dtype == "float32" else None
+
+    def in_precision(*arguments: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return function(*arguments)
+
+    return jax.shard_map(in_precision, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 # What follows is called inside `jax.shard_map` over the whole mesh.

@@ -126,17 +126,10 @@ class Programs:
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
     def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
-        # By default, TPUs and GPUs multiply float32 matrices in a shorter type, and TPUs then sum
-        # over `model` in bfloat16 too.
-        precision = "float32" if self.config.compute.dtype == "float32" else None
-
-        def in_precision(*arguments: Any) -> Any:
-            with jax.default_matmul_precision(precision):
-                return function(*arguments)
-
-        return jax.shard_map(
-            in_precision,
-            mesh=self.mesh,
+        return sharding.over_mesh(
+            function,
+            self.mesh,
+            self.config.compute.dtype,
             in_specs=(self.blueprint.specs, self.batch_sharding.spec),
             out_specs=out_specs,
         )

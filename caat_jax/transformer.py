@@ -10,7 +10,7 @@ groups, G groups of shards on this device (`partial_sync.py`).
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,41 @@ from caat_jax.partial_sync import Stream, Wire
 # Names of places, which every operation of the compiled program carries; `communication.py` sorts
 # collectives by them.
 EMBEDDING, LAYERS, HEAD_AND_LOSS = "embedding", "layers", "head_and_loss"
+
+
+class LayerRun(NamedTuple):
+    """Layers that follow each other and have the same widths: they run as one loop."""
+
+    first: int
+    last: int  # the one after them
+    sync_widths: tuple[int, int]  # D_s of attention and MLP
+
+
+def layer_runs(arch: Architecture) -> list[LayerRun]:
+    """All layers in order."""
+    runs, first = [], 0
+    for widths, group in itertools.groupby(arch.sync_widths):
+        runs.append(LayerRun(first, first + len(list(group)), widths))
+        first = runs[-1].last
+    return runs
+
+
+def smallest_sync_width(arch: Architecture) -> int:
+    """The channels below it are equal on all shards throughout."""
+    return min(itertools.chain.from_iterable(arch.sync_widths))
+
+
+def embed(table: jax.Array, tokens_BT: jax.Array, arch: Architecture, wire: Wire) -> Stream:
+    """The look-up of every token's row in this device's part of the table."""
+    if arch.tied_head:  # a device has all channels of its part of the vocabulary
+        local_ids = tokens_BT - lax.axis_index("model") * table.shape[0]
+        present = (local_ids >= 0) & (local_ids < table.shape[0])
+        rows = look_up(table, jnp.where(present, local_ids, 0))
+        embedded = partial_sync.all_reduce(jnp.where(present[..., None], rows, 0), wire)
+    else:  # a device has its part of the channels of every token
+        embedded = partial_sync.gather_channels(look_up(table, tokens_BT), wire)
+    local_shards = arch.tp_shards // lax.axis_size("model")
+    return partial_sync.start(embedded, local_shards, smallest_sync_width(arch))
 
 
 class Layer(nnx.Module):
@@ -68,20 +103,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: jax.Array) -> Stream:
         """The look-up of every token's row: the same stream on each shard."""
-        arch = self.arch
-        table = self._gathered(self.embedding)
-        if arch.tied_head:  # a device has all channels of its part of the vocabulary
-            local_ids = tokens_BT - lax.axis_index("model") * table.shape[0]
-            present = (local_ids >= 0) & (local_ids < table.shape[0])
-            rows = look_up(table, jnp.where(present, local_ids, 0))
-            embedded = partial_sync.all_reduce(jnp.where(present[..., None], rows, 0), self.wire)
-        else:  # a device has its part of the channels of every token
-            embedded = partial_sync.gather_channels(look_up(table, tokens_BT), self.wire)
-        return partial_sync.start(
-            embedded,
-            local_shards=arch.tp_shards // lax.axis_size("model"),
-            smallest_sync_width=min(itertools.chain.from_iterable(arch.sync_widths)),
-        )
+        return embed(self._gathered(self.embedding), tokens_BT, self.arch, self.wire)
 
     def run_layers(self, stream: Stream) -> Stream:
         """The streams after all layers."""
@@ -89,16 +111,12 @@ class Transformer(nnx.Module):
         positions = jnp.arange(stream.common.shape[1])
         rotation = rotary_angles(positions, arch)
         graph, stacked = nnx.split(self.layers)
-        first = 0
-        # Layers with the same widths run as one loop.
-        for widths, group in itertools.groupby(arch.sync_widths):
-            last = first + len(list(group))
+        for run in layer_runs(arch):
             weights = stacked
-            if last - first < arch.layers:
-                weights = jax.tree.map(lambda w, a=first, b=last: w[a:b], stacked)
-            first = last
+            if run.last - run.first < arch.layers:
+                weights = jax.tree.map(lambda w, run=run: w[run.first : run.last], stacked)
 
-            def apply(stream, weights, widths=widths):
+            def apply(stream, weights, widths=run.sync_widths):
                 layer = nnx.merge(graph, self._gathered_tree(weights))
                 stream = layer.attention(stream, rotation, sync_width=widths[0], wire=self.wire)
                 return layer.mlp(stream, sync_width=widths[1], wire=self.wire), None
@@ -115,12 +133,10 @@ class Transformer(nnx.Module):
             weights = self._gathered(self.embedding).T
         else:
             weights = self._gathered(self.head)
+        weights = weights.reshape(self.arch.embed_dim, stream.groups, -1)
+        columns = partial_sync.scaled_columns(self.final_norm[...], weights, self.dtype)
         return partial_sync.norm_and_project(
-            stream,
-            self.final_norm[...],
-            weights.reshape(self.arch.embed_dim, stream.groups, -1),
-            epsilon=self.arch.norm_epsilon,
-            out_dtype=jnp.float32,
+            stream, columns, epsilon=self.arch.norm_epsilon, out_dtype=jnp.float32
         )
 
     def _gathered(self, parameter: nnx.Param) -> jax.Array:

@@ -154,7 +154,9 @@ def test_train_refuses_arguments(run, tmp_path, arguments, said):
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("command", [["train.py", TINY], ["eval.py"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [["train.py", TINY], ["eval.py"], ["generate.py", "--prompt=a"]], ids=str
+)
 def test_workdir_is_required(run, command):
     assert_refused(run(*command), "--workdir")
 
@@ -165,8 +167,9 @@ def test_workdir_is_required(run, command):
         ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.layer=2"],
         ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.sync_factor=1.5"],
         ["eval.py", "--workdir=/nonexistent/x"],
+        ["generate.py", "--workdir=/nonexistent/x", "--prompt=a"],
     ],
-    ids=["flags", "configuration", "evaluation"],
+    ids=["flags", "configuration", "evaluation", "generation"],
 )
 def test_refused_as_users_see_it(arguments):
     assert_refused(run_as_users_do(*arguments))
@@ -287,7 +290,15 @@ def test_tasks_without_lm_eval():
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--program=fly"], ["--program=fly", "train"]),
+        (["--program=fly"], ["--program=fly", "train, prefill, decode"]),
+        (["--batch=2"], ["--batch=2", "--program=prefill or decode"]),
+        (["--length=2"], ["--length=2", "--program=prefill or decode"]),
+        (["--program=decode", "--batch=0"], ["--batch=0", "multiple of"]),
+        (
+            ["--program=decode", "--batch=3", "--config.mesh.model=4"],
+            ["--batch=3", "mesh.data x mesh.fsdp = 2"],
+        ),
+        (["--program=prefill", "--length=0"], ["--length=0", "at least 1"]),
         (["--topology=v5e"], ["--topology=v5e", "v5p:4x4x4"]),
         (["--topology=v5e:3x3"], ["--topology=v5e:3x3", "v5p:4x4x4"]),
         (["--topology=v5e:2x2", "--slices=0"], ["--slices=0", "at least 1"]),
@@ -338,12 +349,59 @@ def test_run_that_works_and_then_another_architecture(run, small, tmp_path):
     assert code == 0, stderr
     loss = float(re.search(r"validation loss +(\S+)", evaluated)[1])
     assert f"validation loss {loss:.4f} nats per token" in stdout
+    check_generation(run, workdir, tmp_path)
 
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     other = ["--config.model.layers=2", "--config.model.sync_factor=0.25"]
     said = ["model.layers: 1 there, 2 asked for", "model.sync_factors", str(workdir)]
     assert_refused(run(*small, *other), *said)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def check_generation(run, workdir, tmp_path):
+    """Of a model with a context of 16 tokens that has seen 1 step: what it says is any bytes."""
+    command = ["generate.py", f"--workdir={workdir}"]
+    code, one, stderr = run(*command, "--prompt=text é", "--max_new_tokens=9")
+    assert code == 0, stderr
+    assert one.startswith("text é") and one.endswith("\n")
+    (tmp_path / "prompts").write_text("text é\nnumber\n")
+    options = ["--max_new_tokens=9", f"--prompt_file={tmp_path / 'prompts'}"]
+    code, both, stderr = run(*command, *options)
+    assert code == 0, stderr
+    assert both.startswith(f"--- prompt 1 ---\n{one}--- prompt 2 ---\nnumber")
+    for arguments, said in (
+        (["--prompt=" + 16 * "a"], ["prompt 1 has 17 tokens", "data.sequence_length=16"]),
+        (["--prompt=a", "--temperature=-1"], ["temperature=-1"]),
+        (["--prompt=a", "--temperature=warm"], ["temperature", "warm"]),
+        (["--prompt=a", "--top_p=0"], ["top_p=0"]),
+        (["--prompt=a", "--top_k=-1"], ["top_k=-1"]),
+        (["--prompt=a", "--seed=-1"], ["seed=-1"]),
+        (["--prompt=a", "--max_new_tokens=0"], ["max_new_tokens=0"]),
+    ):
+        assert_refused(run(*command, *arguments), *said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["--prompt", "--prompt_file"]),
+        (["--prompt=a", "--prompt_file=x"], ["--prompt", "--prompt_file"]),
+        (["--prompt="], ["--prompt is empty"]),
+        (["--prompt=a", "--prompt="], ["--prompt is empty"]),
+        (["--prompt_file=none"], ["--prompt_file=none", "No such file"]),
+        (["--prompt_file=."], ["--prompt_file=.", "directory"]),
+        (["--prompt_file=empty"], ["--prompt_file=empty is empty"]),
+        (["--prompt_file=gap"], ["--prompt_file=gap", "line 2 is empty"]),
+        (["--prompt_file=bytes"], ["--prompt_file=bytes", "not UTF-8 at byte 1"]),
+        (["--prompt=a"], ["--workdir=", "no checkpoint", "train.py"]),
+    ],
+    ids=str,
+)
+def test_generate_refuses(run, tmp_path, arguments, said):
+    for name, content in (("empty", b""), ("gap", b"a\n\nb\n"), ("bytes", b"a\xff")):
+        (tmp_path / name).write_bytes(content)
+    assert_refused(run("generate.py", f"--workdir={tmp_path / 'run'}", *arguments), *said)
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_below_the_home_folder(run, small, tmp_path):

@@ -240,14 +240,15 @@ def test_report_says_what_was_not_understood_and_json_has_everything():
     mesh = sharding.create_mesh(config_lib.resolve_mesh(config, 8))
     found = dataclasses.replace(audited(config, 0.5), not_understood=("operation teleport",))
     audits = {"p = 0.5": found, "p = 1.0": audited(config, 1.0)}
-    text = communication_report.tables(config, mesh, audits)
+    workload = communication_report.training(config)
+    text = communication_report.tables(config, mesh, audits, workload)
     assert "NOT UNDERSTOOD in the program at p = 0.5:\n  operation teleport" in text
     assert max(map(len, text.splitlines())) <= 100
     (forward,) = [line.split() for line in text.splitlines() if line.startswith("model  layer f")][
         1:
     ]
     assert forward[-1] == "0.5"
-    written = json.loads(json.dumps(communication_report.to_json(config, mesh, audits)))
+    written = json.loads(json.dumps(communication_report.to_json(mesh, audits, workload)))
     assert len(written["programs"]["p = 0.5"]["collectives"]) == len(found.collectives)
 
 

@@ -1,0 +1,74 @@
+"""Continues text with a run's newest checkpoint.
+
+python generate.py --workdir=runs/tiny --prompt="def main(" [--max_new_tokens=128]
+    [--temperature=0.8 --top_k=40 --top_p=0.95 --seed=1]
+
+One prompt is printed at once, and what follows it as it comes.  Several (--prompt again and again,
+or --prompt_file with one a line) run together; each is printed when it and those before it are
+done.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from caat_jax import checkpoint, command_line, text_generation
+from caat_jax.errors import InputError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given repeatedly.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "A UTF-8 file with one prompt a line.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 128, "For each prompt; with it they end at data.sequence_length."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the likeliest tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this probability together.")
+_SEED = flags.DEFINE_integer("seed", 0, "The same one draws the same tokens.")
+
+
+def main() -> None:
+    prompts = _prompts()
+    workdir = Path(_WORKDIR.value).expanduser()
+    step, config = checkpoint.newest_config(workdir)
+    command_line.simulate_devices(config.mesh)
+    generator = text_generation.TextGenerator(workdir, step, config)
+    pieces = generator.stream(
+        prompts,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        seed=_SEED.value,
+    )
+    # Whatever the terminal is set to: a character that it cannot show must not end the program.
+    sys.stdout.reconfigure(encoding="utf-8")
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for _, piece, _ in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts, done, printed = list(prompts), set(), 0
+    for number, piece, is_all in pieces:
+        texts[number] += piece
+        if is_all:
+            done.add(number)
+        while printed in done:
+            print(f"--- prompt {printed + 1} ---\n{texts[printed]}", flush=True)
+            printed += 1
+
+
+def _prompts() -> list[str]:
+    if bool(_PROMPT.value) == bool(_PROMPT_FILE.value):
+        raise InputError("give --prompt or --prompt_file, one of the two")
+    if _PROMPT_FILE.value:
+        return text_generation.read_prompts(Path(_PROMPT_FILE.value).expanduser())
+    if "" in _PROMPT.value:
+        raise InputError("--prompt is empty; give some text")
+    return _PROMPT.value
+
+
+if __name__ == "__main__":
+    command_line.run(main)
