@@ -255,7 +255,7 @@ class _Walk:
             )
 
     def _name(self, computation: str, instruction: Instruction) -> str:
-        """The scopes of an instruction, or of what it reads where the compiler made it up."""
+        """The scopes of an instruction; of what it reads, or of its loop, where it has none."""
         instructions = self.module.computations[computation]
         nearest = [instruction]
         for current in nearest:  # grows as it goes
@@ -263,7 +263,11 @@ class _Walk:
                 return current.op_name
             read = [instructions[name] for name in current.operands if name in instructions]
             nearest += [i for i in read if i not in nearest]
-        return ""
+        return (
+            self._name(*self.module.callers[computation])
+            if computation in self.module.callers
+            else ""
+        )
 
     def _between(self, computation: str, start: str, end: str) -> tuple[str, ...]:
         """What is scheduled between two instructions: products by that name, else the opcode."""

@@ -280,7 +280,8 @@ def loop(condition, first="%zero", step="%one"):
             "%c = s32[] copy-done(%a)",
             "%m = s32[] fusion(%p), kind=kLoop, calls=%sum",
             f"%t = (s32[], f32[4,8]{{1,0}}, s32[]) tuple({first}, %p, %c)",
-            "%w = (s32[], f32[4,8]{1,0}, s32[]) while(%t), condition=%test, body=%body",
+            "%w = (s32[], f32[4,8]{1,0}, s32[]) while(%t), condition=%test, body=%body,"
+            ' metadata={op_name="jit(f)/layers/while"}',
             "ROOT %r = f32[4,8]{1,0} get-tuple-element(%w), index=1",
         ],
         body,
@@ -297,6 +298,8 @@ def loop(condition, first="%zero", step="%one"):
 )
 def test_iterations_of_a_loop_without_a_note(condition, times):
     assert found(loop(condition)) == [one("all-reduce", (tuple(range(8)),), (4, 8), times)]
+    (operation,) = hlo_collectives.read(loop(condition)).collectives
+    assert operation.name == "jit(f)/layers/while"  # its own would be better; it has none
 
 
 @pytest.mark.parametrize(
