@@ -134,7 +134,7 @@ def test_import_evaluate_train_on_and_export(tmp_path, capsys):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert done == 2 and json.loads(lines[0])["step"] == 1
     step, stored = checkpoint.newest_config(workdir)
-    assert step == 2 and evaluation.evaluate_checkpoint(workdir, step, stored) == loss
+    assert step == 2 and evaluation.evaluate_checkpoint(workdir, step, stored).loss == loss
 
     do(capsys, "export", workdir, out)
     for name in ("tokenizer.json", "generation_config.json"):
@@ -164,7 +164,7 @@ def test_step_zero_of_an_import_evaluates(tmp_path, capsys):
         sequence_length=16,
     )
     config = dataclasses.replace(config, data=data)
-    loss = evaluation.evaluate_checkpoint(tmp_path / "run", step, config)
+    loss = evaluation.evaluate_checkpoint(tmp_path / "run", step, config).loss
     sequences = open_cache(data, load_tokenizer(data.tokenizer)).validation
     rows = np.stack([sequences[i] for i in range(len(sequences))])
     ours = our_logits(tmp_path / "run", rows=np.maximum(rows[:, :-1], 0))[0]
