@@ -7,7 +7,6 @@ and does not understand is in `Reading.not_understood`, never left out in silenc
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
 
 from caat_jax.collectives import KINDS
 from caat_jax.hlo_module import Instruction, Module, device_groups, element_types
@@ -38,11 +37,8 @@ _LOCAL_CUSTOM_CALLS = (
     "Sharding",
     "SliceId",
     "ZeroCrop",
-    "SPMDFullToShardShape",
-    "SPMDShardToFullShape",
+    "SPMD",  # full to shard shape and back
     "TopK",
-    "PadToStatic",
-    "SliceToDynamic",
     "tpu_custom_call",  # Pallas kernels; those of this project do not communicate
     "__cublas",
     "__cudnn",
@@ -117,10 +113,11 @@ class _Walk:
     def run(self, computation: str, times: int) -> None:
         """A computation that runs so many times, and all that it calls."""
         chains = _chains(self.module, computation)
+        chained = {fusion.name for steps in chains for fusion, _ in steps}
         for instruction in self.module.computations[computation].values():
-            if instruction.name not in chains:
+            if instruction.name not in chained:
                 self._visit(computation, instruction, times)
-        for steps in _distinct(chains.values()):
+        for steps in chains:
             # The fusions of a chain carry out one collective between them: begun in the first,
             # ended in the last.
             first, inner = steps[0]
@@ -290,18 +287,13 @@ class _Walk:
         )
 
 
-def _distinct(chains: Iterable[list]) -> list[list]:
-    return list({id(chain): chain for chain in chains}.values())
-
-
-def _chains(module: Module, computation: str) -> dict[str, list]:
-    """The fusions of a schedule that carry out parts of one collective, by their names.
+def _chains(module: Module, computation: str) -> list[list]:
+    """The fusions of a schedule that carry out parts of one collective together.
 
     The TPU compiler's "async collective fusions" run a collective beside the operations that they
-    hold; a `chain_id` tells which belong together.  Each value is the chain: its fusions in order,
-    each with the place and the instruction of the collective in it.
+    hold; a `chain_id` tells which belong together.  A chain is its fusions in order, each with the
+    computation and the instruction of the collective in it; a fusion can be in several.
     """
-    by_id: dict[str, list] = {}
     chains: dict[str, list] = {}
     for instruction in module.computations[computation].values():
         if instruction.opcode != "fusion":
@@ -310,10 +302,8 @@ def _chains(module: Module, computation: str) -> dict[str, list]:
             for inner in module.computations[name].values():
                 chain = re.search(r'chain_id="(\d+)"', inner.attributes)
                 if inner.opcode in KINDS and chain:
-                    steps = by_id.setdefault(chain[1], [])
-                    steps.append((instruction, (name, inner)))
-                    chains[instruction.name] = steps
-    return chains
+                    chains.setdefault(chain[1], []).append((instruction, (name, inner)))
+    return list(chains.values())
 
 
 def _end(instructions: dict[str, Instruction], start: Instruction) -> str | None:

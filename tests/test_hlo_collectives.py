@@ -210,6 +210,23 @@ def test_chain_of_fusions_is_one_operation():
     assert operation.between == ("matrix product", "tanh")
 
 
+def test_fusion_in_two_chains():
+    gather = "%{0} = f32[8,8]{{1,0}} all-gather(%q), replica_groups=[4,2]<=[2,4]T(1,0),"
+    gather += ' dimensions={{0}}, frontend_attributes={{chain_id="{1}"}}'
+    both = f"""%both (q: f32[4,8]) -> f32[8,8] {{
+  %q = f32[4,8]{{1,0}} parameter(0)
+  {gather.format("a", 3)}
+  {gather.format("b", 4)}
+  ROOT %o = f32[8,8]{{1,0}} add(%a, %b)
+}}"""
+    lines = [
+        "%f = f32[8,8]{1,0} fusion(%p), kind=kCustom, calls=%both",
+        "%g = f32[8,8]{1,0} fusion(%f), kind=kCustom, calls=%both",
+        "ROOT %r = f32[4,8]{1,0} copy(%p)",
+    ]
+    assert found(module(lines, both)) == [one("all-gather", COLUMNS, (8, 8), 1)] * 2
+
+
 def test_reduce_scatter_as_a_fusion_named_after_what_it_reads():
     text = module(
         [
