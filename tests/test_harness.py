@@ -66,6 +66,20 @@ doc_to_target: "{{{{text}}}}"
 metric_list:
   - metric: bits_per_byte
 """
+GENERATION_TASK = """
+task: own_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {folder}/questions.jsonl}}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{given}}}}"
+doc_to_target: " number"
+generation_kwargs: {{until: [" s"], max_gen_toks: 12, do_sample: false}}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
 GROUP = "group: own\ntask: [own_choice, own_text]\n"
 BROKEN_TASK = CHOICE_TASK.replace("own_choice", "own_broken").replace("questions", "nothing")
 
@@ -83,6 +97,7 @@ def tasks(tmp_path_factory):
     for name, lines in (("questions", QUESTIONS), ("passages", PASSAGES)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"choice": CHOICE_TASK, "text": TEXT_TASK, "broken": BROKEN_TASK, "own": GROUP}
+    files["generation"] = GENERATION_TASK
     for name, content in files.items():
         (folder / f"{name}.yaml").write_text(content.format(folder=folder))
     return folder
@@ -372,7 +387,8 @@ def run_eval(workdir, tasks, *flags):
 
 def test_eval_py_runs_local_tasks(workdir, tasks):
     """On eight simulated devices, as the run's configuration has it."""
-    code, stdout, stderr = run_eval(workdir, tasks, "--tasks=own_choice,own_text")
+    names = "own_choice,own_text,own_generation"
+    code, stdout, stderr = run_eval(workdir, tasks, f"--tasks={names}")
     assert code == 0, stderr
     accuracy, bits = by_hand(workdir)
     assert stdout.startswith("step 20, S=8, p=0.5\n|")
@@ -381,6 +397,9 @@ def test_eval_py_runs_local_tasks(workdir, tasks):
     metrics = {name: task["metrics"] for name, task in report["tasks"].items()}
     assert metrics["own_choice"]["acc,none"] == pytest.approx(accuracy)
     assert metrics["own_text"]["bits_per_byte,none"] == pytest.approx(bits, abs=1e-4)
+    # The texts themselves are compared elsewhere; this is the way to the real generator.
+    assert report["tasks"]["own_generation"]["examples"] == 3
+    assert 0 <= metrics["own_generation"]["exact_match,none"] <= 1
 
 
 def test_eval_py_names_near_tasks(workdir, tasks):
