@@ -1,6 +1,6 @@
 """One collective operation of a program: what it moves, over which links, where it belongs.
 
-`hlo.py` reads them from compiled programs, `operations.py` from traced ones.
+`hlo_collectives.py` reads them from compiled programs, `operations.py` from traced ones.
 """
 
 import dataclasses

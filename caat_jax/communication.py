@@ -11,7 +11,6 @@ docs/communication.md explains the columns.
 """
 
 import json
-import math
 import sys
 
 import jax
@@ -80,7 +79,7 @@ def main(config: Config) -> None:
 
 def _sizes(config: Config, mesh: Mesh) -> tuple[int, int]:
     """--batch and --length, or their defaults."""
-    ways = math.prod(mesh.shape[axis] for axis in sharding.LOGICAL_AXIS_RULES["batch"])
+    ways = sharding.batch_parts(mesh)
     batch = ways if _BATCH.value is None else _BATCH.value
     length = config.data.sequence_length if _LENGTH.value is None else _LENGTH.value
     if batch < 1 or batch % ways:

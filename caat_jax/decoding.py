@@ -50,9 +50,7 @@ class Generator:
             raise InputError("generation runs in one process; start it on one host")
         self.config = config
         self.programs = InferencePrograms(config, mesh)
-        self._rows_multiple = math.prod(
-            mesh.shape[axis] for axis in sharding.LOGICAL_AXIS_RULES["batch"]
-        )
+        self._rows_multiple = sharding.batch_parts(mesh)
         self._weights = wait_if_simulated(self.programs.prepare(parameters))
 
     def generate(

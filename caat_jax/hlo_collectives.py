@@ -278,8 +278,8 @@ class _Walk:
         )
 
     def _has_product(self, instruction: Instruction) -> bool:
-        if instruction.opcode in ("dot", "convolution", "custom-call"):
-            return instruction.opcode != "custom-call"
+        if instruction.opcode in ("dot", "convolution"):
+            return True
         return instruction.opcode == "fusion" and any(
             self._has_product(inner)
             for name in instruction.called(*_CALLS)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from caat_jax import loss
 from caat_jax.errors import InputError
 from caat_jax.sharding import LOGICAL_AXIS_RULES
 
@@ -71,9 +72,9 @@ def next_tokens(logits_GBv: jax.Array, step: jax.Array, sampling: Sampling, kind
       sampling: its numbers, traced.
       kind: `Sampling.kind`, which is compiled in.
     """
-    parts_Bv = jnp.moveaxis(logits_GBv, 0, 1).reshape(logits_GBv.shape[1], -1)
     if kind == GREEDY:
-        return _likeliest(parts_Bv)
+        return loss.most_likely(logits_GBv[:, :, None])[:, 0]
+    parts_Bv = jnp.moveaxis(logits_GBv, 0, 1).reshape(logits_GBv.shape[1], -1)
     logits_BV = lax.all_gather(parts_Bv, "model", axis=1, tiled=True, to="invarying")
     # Differences are what counts, and those of the largest never overflow when divided.
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
@@ -89,16 +90,6 @@ def next_tokens(logits_GBv: jax.Array, step: jax.Array, sampling: Sampling, kind
     logits_BV = jnp.where((before < sampling.top_p) | (ranks == 0), logits_BV, -jnp.inf)
     drawn = jnp.argmax(logits_BV + _noise(logits_BV, step, sampling.seed), axis=-1)
     return jnp.take_along_axis(order_BV, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-def _likeliest(parts_Bv: jax.Array) -> jax.Array:
-    """The lowest id of the largest logit: two numbers a row are reduced, no logits gathered."""
-    columns = parts_Bv.shape[-1]
-    largest = jnp.max(parts_Bv, axis=-1)
-    ids = lax.axis_index("model") * columns + jnp.argmax(parts_Bv, axis=-1)
-    is_largest = largest == lax.pmax(largest, "model")
-    beyond = lax.axis_size("model") * columns
-    return lax.pmin(jnp.where(is_largest, ids, beyond).astype(jnp.int32), "model")
 
 
 def _noise(logits_BV: jax.Array, step: jax.Array, seed: jax.Array) -> jax.Array:

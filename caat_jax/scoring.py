@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
+from caat_jax import sharding
 from caat_jax.data.token_cache import PADDING
 from caat_jax.errors import InputError
 from caat_jax.train_step import Programs, wait_if_simulated
@@ -46,7 +47,7 @@ class Scorer:
         Raises:
           InputError: the rows do not divide over the mesh.
         """
-        ways = programs.mesh.shape["data"] * programs.mesh.shape["fsdp"]
+        ways = sharding.batch_parts(programs.mesh)
         if rows < 1 or rows % ways:
             raise InputError(
                 f"--batch_size={rows} must be a multiple of {ways}, the parts that mesh.data times"

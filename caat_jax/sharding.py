@@ -121,6 +121,11 @@ def named_shardings(mesh: Mesh | AbstractMesh, specs: Any) -> Any:
     )
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"])
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """How a batch of token sequences [B, T + 1] lies on the mesh."""
     return NamedSharding(mesh, partition_spec(("batch", "sequence")))
