@@ -7,23 +7,27 @@ from pathlib import Path
 
 from absl import flags
 
-from caat_jax import command_line, train_loop
+from caat_jax import command_line, processes, train_loop
 from caat_jax.config import Config
 
 _CONFIG = command_line.config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run's checkpoints and metrics lie.", required=True
 )
+processes.define_flags()
 
 
 def main(config: Config) -> None:
+    processes.start()
     command_line.simulate_devices(config.mesh)
-    steps, loss = train_loop.train(config, Path(_WORKDIR.value).expanduser())
-    print(
-        f"{steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"
-        f" metrics.jsonl and TensorBoard events are in {_WORKDIR.value}; next:"
-        f" python eval.py --workdir={_WORKDIR.value}"
-    )
+    with processes.lost_ones_noticed():
+        steps, loss = train_loop.train(config, Path(_WORKDIR.value).expanduser())
+    if processes.is_first():
+        print(
+            f"{steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"
+            f" metrics.jsonl and TensorBoard events are in {_WORKDIR.value}; next:"
+            f" python eval.py --workdir={_WORKDIR.value}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,37 @@
-"""Checkpoints: state, position in the data, configuration; saved while training goes on."""
+"""Checkpoints: state, position in the data, configuration; saved while training goes on.
 
+`WORKDIR/checkpoints/STEP` is one; it gets that name when it is complete, with its digests in it.
+Before anything is read from a checkpoint its files are compared with them.  What cannot be used is
+named and left alone, or, where training is about to write the same step again, moved to
+`WORKDIR/checkpoints_set_aside`; nothing but a complete checkpoint that `checkpoints_to_keep` newer
+ones follow is ever deleted.
+"""
+
+import contextlib
+import itertools
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from caat_jax import checkpoint_digests, processes
 from caat_jax import config as config_lib
 from caat_jax.config import Config
 from caat_jax.errors import InputError
 from caat_jax.train_step import Programs, TrainState
 
 FOLDER = "checkpoints"
+SET_ASIDE_FOLDER = "checkpoints_set_aside"
+_UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # after the step, in a folder's name
 _JSON_RESTORE = ocp.args.JsonRestore()
 
 
 def newest_config(workdir: Path) -> tuple[int, Config]:
-    """The step and the configuration of a run's newest checkpoint.
+    """The step and the configuration of a run's newest undamaged checkpoint.
 
     Reads files only: JAX is not asked for its devices, since the configuration may say how many
     to simulate.
@@ -25,14 +40,41 @@ def newest_config(workdir: Path) -> tuple[int, Config]:
       InputError: there is none.
     """
     folder = workdir / FOLDER
-    # Orbax renames a folder to its step's number when it is complete.
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    if not steps:
+    step, damaged = _newest_undamaged(folder)
+    if step is None:
         raise InputError(
             f"--workdir={workdir} has no checkpoint; python train.py --config=FILE"
             f" --workdir={workdir} writes one"
         )
-    return max(steps), stored_config(folder, max(steps))
+    for number, problem in damaged.items():
+        _warn(f"{folder / str(number)} is damaged ({problem}); using that of step {step}")
+    return step, stored_config(folder, step)
+
+
+def _newest_undamaged(folder: Path) -> tuple[int | None, dict[int, str]]:
+    """A step, None where no checkpoint was ever completed; what is wrong with those after it.
+
+    Raises:
+      InputError: all checkpoints are damaged.
+    """
+    # Orbax renames a folder to its step's number when it is complete.
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    damaged = {}
+    for step in sorted(steps, reverse=True):
+        problem = checkpoint_digests.problem(folder / str(step))
+        if problem is None:
+            return step, damaged
+        damaged[step] = problem
+    if damaged:
+        found = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        raise InputError(
+            f"{folder} has no undamaged checkpoint ({found}); move it away to start anew"
+        )
+    return None, {}
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def stored_config(folder: Path, step: int) -> Config:
@@ -41,9 +83,9 @@ def stored_config(folder: Path, step: int) -> Config:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, `WORKDIR/checkpoints/STEP`; a context manager.
+    """The checkpoints of one workdir; a context manager.
 
-    A step is the number of updates done.  Leaving the context waits for a save under way.
+    A step is the number of batches used.  Leaving the context waits for a save under way.
     """
 
     def __init__(self, workdir: Path, *, to_keep: int | None = None):
@@ -53,23 +95,48 @@ class Checkpoints:
           workdir: the run's folder.
           to_keep: older ones are deleted when there are more; None keeps all.
         """
-        for folder in (workdir, *workdir.parents):
-            if folder.exists() and not folder.is_dir():
-                raise InputError(f"--workdir={workdir}: {folder} is a file; give a folder")
         self.folder = workdir.absolute() / FOLDER
         self._to_keep = to_keep
         self._opened: ocp.CheckpointManager | None = None
+        self._saving: int | None = None  # the step of the last save begun
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._opened:
-            self._opened.close()
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        if not self._opened:
+            return
+        if exception is None:
+            with self._save_errors():
+                self._opened.close()
+        elif jax.process_count() == 1:  # else it could wait for processes that are gone
+            with contextlib.suppress(Exception):
+                self._opened.close()
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        return self._manager().latest_step() if self.folder.exists() else None
+    def resume_step(self) -> int | None:
+        """The newest undamaged checkpoint; None: there is none, training begins.
+
+        To be called before anything else, by all processes.  Makes way for what will be saved:
+        newer checkpoints, which are damaged, and saves that were cut off are set aside.
+
+        Raises:
+          InputError: all checkpoints are damaged; nothing was moved.
+        """
+        step = self._make_way() if processes.is_first() else None
+        return processes.from_first(step)
+
+    def _make_way(self) -> int | None:
+        step, damaged = _newest_undamaged(self.folder)
+        problems = {str(number): f"is damaged ({what})" for number, what in damaged.items()}
+        for path in sorted(self.folder.glob(f"*{_UNFINISHED}*")):
+            problems[path.name] = "was not completed"
+        goes_on = "begins anew" if step is None else f"goes on from step {step}"
+        for name, problem in problems.items():
+            aside = _free_name(self.folder.parent / SET_ASIDE_FOLDER, name)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / name).rename(aside)
+            _warn(f"{self.folder / name} {problem}, is now {aside}; training {goes_on}")
+        return step
 
     def check_architecture(self, step: int, config: Config) -> None:
         """Refuses a configuration whose function is not the checkpoint's.
@@ -86,15 +153,43 @@ class Checkpoints:
             )
 
     def save(self, state: TrainState, step: int, config: Config, data_state: dict) -> None:
-        """Starts saving; the next save, or leaving the context, waits for it."""
-        self._manager().save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data_state),
-                config=ocp.args.JsonSave(config_lib.to_json(config)),
-            ),
-        )
+        """Starts saving; the next save, or leaving the context, waits for it.
+
+        Raises:
+          InputError: a file of this checkpoint, or of the one before, could not be written.
+        """
+        self.wait()
+        self._saving = step
+        with self._save_errors():
+            self._manager().save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=ocp.args.JsonSave(data_state),
+                    config=ocp.args.JsonSave(config_lib.to_json(config)),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Until the save under way is complete.
+
+        Raises:
+          InputError: a file could not be written.
+        """
+        with self._save_errors():
+            self._manager().wait_until_finished()
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        try:
+            yield
+        # What Orbax and TensorStore raise has no type in common.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.folder / str(self._saving)} could not be written; the checkpoints before"
+                f" it are whole: {reason}"
+            ) from error
 
     def restore_parameters(self, step: int, programs: Programs) -> Any:
         """The parameters alone, laid out for these programs' mesh."""
@@ -127,6 +222,22 @@ class Checkpoints:
 
     def _manager(self) -> ocp.CheckpointManager:
         if not self._opened:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._to_keep, create=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._to_keep,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._digest),
+            )
             self._opened = ocp.CheckpointManager(self.folder, options=options)
         return self._opened
+
+    def _digest(self) -> None:
+        """Called by the first process, when all of a checkpoint is written but not its name."""
+        # Where folders cannot be renamed, Orbax writes under the final name.
+        final = self.folder / str(self._saving)
+        unfinished = self.folder.glob(f"{final.name}{_UNFINISHED}*")
+        checkpoint_digests.write(next(unfinished, final))
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    """A path in `folder` that does not exist yet: the name, or with a number after it."""
+    names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(1)))
+    return next(folder / name for name in names if not (folder / name).exists())

@@ -11,10 +11,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from caat_jax import config as config_lib
-from caat_jax.errors import InputError
+from caat_jax.errors import InputError, Interrupted, Stop
 from configs import base
-
-INPUT_ERROR_EXIT_CODE = 2
 
 
 def config_flag() -> flags.FlagHolder:
@@ -25,7 +23,7 @@ def config_flag() -> flags.FlagHolder:
 def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> None:
     """Parses the flags and calls `main(config)`, or `main()` for a command without a config.
 
-    An `InputError`, also one in the flags, becomes one line and exit code 2.
+    A `Stop`, such as an `InputError` in the flags, becomes one line and its exit code.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -39,8 +37,8 @@ def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> No
 
 
 def quieten_logs() -> None:
-    """Leaves warnings: Orbax and others log every step they take."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """Orbax and others log every step they take, and also the errors that they raise."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
@@ -78,9 +76,16 @@ def _parse(argv: list[str], needs_config: bool) -> list[str]:
 def _or_exit(function: Callable[[], object]) -> object:
     try:
         return function()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(INPUT_ERROR_EXIT_CODE)
+    except Stop as stop:
+        _end(stop)
+    except OSError as error:  # a disk that is full, a folder that is not to be read
+        _end(InputError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+
+
+def _end(stop: Stop) -> None:
+    kind = "" if isinstance(stop, Interrupted) else "error: "
+    print(f"{kind}{stop}", file=sys.stderr, flush=True)
+    sys.exit(stop.exit_code)
 
 
 def _first_line(error: Exception) -> str:

@@ -126,6 +126,7 @@ class TrainConfig:
     eval_sequences: int
     checkpoint_every: int
     checkpoints_to_keep: int
+    skipped_updates_allowed: int
     profile_step: int
 
 
@@ -452,6 +453,7 @@ def _check_train(train: TrainConfig) -> None:
         _at_least(f"train.{field}", getattr(train, field), 1)
     if train.eval_sequences != -1:
         _at_least("train.eval_sequences", train.eval_sequences, 1)
+    _at_least("train.skipped_updates_allowed", train.skipped_updates_allowed, 0)
 
 
 def _at_least(name: str, value: int, smallest: int) -> None:

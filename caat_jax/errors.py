@@ -1,10 +1,34 @@
-"""The one error that bad input raises."""
+"""What ends a program: one line for people, and an exit code for schedulers.
+
+Entry points print the message without a traceback (`caat_jax.command_line`).
+"""
 
 
-class InputError(ValueError):
-    """Something the user gave cannot work.
+class Stop(Exception):
+    """Ends the program with the message, one line, and `exit_code`."""
 
-    The message is one line that names the thing, its value and what is allowed.
-    Entry points print it without a traceback and exit with code 2
-    (`caat_jax.command_line`).
+    exit_code: int
+
+
+class InputError(Stop, ValueError):
+    """Something the user gave cannot work; starting again would fail again.
+
+    The message names the thing, its value and what is allowed.
     """
+
+    exit_code = 2
+
+
+class Diverged(Stop):
+    """The loss or its gradient was not finite too often; starting again would diverge again."""
+
+    exit_code = 3
+
+
+class Interrupted(Stop):
+    """The run was asked to stop, or lost a process; started again, it goes on.
+
+    The exit code is EX_TEMPFAIL of BSD's sysexits.h.
+    """
+
+    exit_code = 75

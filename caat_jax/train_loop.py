@@ -1,6 +1,7 @@
 """The training loop: what happens at which step."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,32 +11,40 @@ import jax
 import tqdm
 
 from caat_jax import config as config_lib
-from caat_jax import sharding
+from caat_jax import processes, sharding
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.config import Config
 from caat_jax.data.loader import TrainBatches, train_batches
 from caat_jax.data.token_cache import TokenSequences, open_cache
 from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.errors import Diverged, InputError, Interrupted
 from caat_jax.evaluation import validation_loss
 from caat_jax.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
+from caat_jax.processes import StopRequest
 from caat_jax.train_step import Programs, TrainState, one_program_at_a_time
 
 
 def train(config: Config, workdir: Path) -> tuple[int, float]:
-    """Trains to `train.steps`, from the workdir's newest checkpoint where there is one.
+    """Trains to `train.steps`, from the workdir's newest undamaged checkpoint where there is one.
+
+    Every process of the run calls it; the first writes the metrics.
 
     Returns:
-      The updates done and the validation loss then, in nats a token.
+      The steps done and the validation loss then, in nats a token.
 
     Raises:
-      InputError: something given cannot work; nothing is written to the workdir then.
+      InputError: something given cannot work (nothing is written to the workdir then), or a
+        checkpoint could not be written.
+      Diverged: more than `train.skipped_updates_allowed` updates in a row were skipped.
+      Interrupted: by SIGTERM or Ctrl-C, after a checkpoint; or another process is gone.
     """
+    _check_workdir(workdir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
     programs = Programs(config, mesh)
     with Checkpoints(workdir, to_keep=config.train.checkpoints_to_keep) as checkpoints:
-        newest = checkpoints.latest_step()
+        newest = checkpoints.resume_step()
         if newest is not None:
             checkpoints.check_architecture(newest, config)
         cache = open_cache(config.data, tokenizer)
@@ -51,9 +60,10 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
             state, data_state = checkpoints.restore(newest, programs)
             batches.set_state(data_state)
         done = newest or 0
-        with MetricsWriter(workdir, resume_step=newest) as writer:
+        with _metrics_writer(workdir, newest) as writer:
             if done < config.train.steps:
-                print(_description(programs), file=sys.stderr)
+                if processes.is_first():
+                    print(_description(programs), file=sys.stderr)
                 return config.train.steps, _loop(
                     programs, state, done, batches, cache.validation, checkpoints, writer
                 )
@@ -67,23 +77,24 @@ def _loop(
     batches: TrainBatches,
     validation: TokenSequences,
     checkpoints: Checkpoints,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,
 ) -> float:
     """Does the steps after `done`; returns the last validation loss."""
     config, train = programs.config, programs.config.train
     train_step = programs.compile_train_step()
-    with _Log(config, writer, done) as log:
+    with StopRequest() as stop_request, _Log(config, writer, done) as log:
         for step in range(done + 1, train.steps + 1):
             batch = next(batches)
-            profiled = step == train.profile_step
-            with _profiled(profiled, writer.workdir), jax.transfer_guard("disallow"):
+            profiled = step == train.profile_step and writer is not None
+            with _profiled(writer.workdir if profiled else None), jax.transfer_guard("disallow"):
                 state, values = train_step(state, batch)
                 if profiled or one_program_at_a_time():  # a trace shall hold the whole step
                     jax.block_until_ready(values)
             log.step(step, values)
             last = step == train.steps
+            stop = stop_request.reached(step) and not last
             evaluate = last or step % train.eval_every == 0
-            save = last or step % train.checkpoint_every == 0
+            save = last or stop or step % train.checkpoint_every == 0
             if evaluate or save:
                 with log.pause(step):
                     if evaluate:
@@ -91,7 +102,28 @@ def _loop(
                         log.evaluation(step, loss)
                     if save:
                         checkpoints.save(state, step, config, batches.get_state())
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"stopped after step {step}, saved; the same command goes on")
     return loss
+
+
+def _check_workdir(workdir: Path) -> None:
+    """Refuses one that cannot be written, before there is anything to lose."""
+    existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--workdir={workdir}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir={workdir}: {existing} cannot be written; give another folder")
+
+
+def _metrics_writer(
+    workdir: Path, resume_step: int | None
+) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """That of the run's first process; the others have none."""
+    if processes.is_first():
+        return MetricsWriter(workdir, resume_step)
+    return contextlib.nullcontext()
 
 
 def _description(programs: Programs) -> str:
@@ -109,13 +141,13 @@ def _description(programs: Programs) -> str:
 
 
 class _Log:
-    """Metrics to the writer and the progress bar, one step late.
+    """Metrics to the writer, where there is one, and the progress bar, one step late.
 
     Reading a value waits for the step that computes it; by then the next is already dispatched,
     so that an accelerator never waits for the host.
     """
 
-    def __init__(self, config: Config, writer: MetricsWriter, done: int):
+    def __init__(self, config: Config, writer: MetricsWriter | None, done: int):
         devices = jax.devices()
         length = config.data.sequence_length
         peak = peak_flops(devices[0].device_kind, config.compute.dtype)
@@ -134,39 +166,62 @@ class _Log:
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            disable=None,  # no bar where the output is no terminal
+            # No bar where the output is no terminal.
+            disable=None if writer else True,
         )
 
     def __enter__(self) -> "_Log":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._write_pending()
-        self._bar.close()
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exception is None:
+                self._read_pending()
+        finally:
+            self._bar.close()
 
     def step(self, step: int, values: dict[str, jax.Array]) -> None:
-        self._write_pending()
+        """Takes a step's metrics.
+
+        Raises:
+          Diverged: after the step before this one, or this one.
+        """
+        self._read_pending()
         self._bar.update()
-        if step % self._train.log_every == 0 or step == self._train.steps:
-            self._pending = (step, values)
-            if one_program_at_a_time():  # then the step is done, and nothing is gained by delay
-                self._write_pending()
+        self._pending = (step, values)
+        if one_program_at_a_time():  # then the step is done, and nothing is gained by delay
+            self._read_pending()
 
     def evaluation(self, step: int, loss: float) -> None:
+        if self._writer is None:
+            return
         self._writer.write(step, {"eval/loss": loss})
         tqdm.tqdm.write(f"step {step}: validation loss {loss:.4f} nats per token", file=sys.stderr)
 
     @contextlib.contextmanager
     def pause(self, step: int) -> Iterator[None]:
         """Leaves what is inside out of the step time; it comes after all metrics up to `step`."""
-        self._write_pending()
+        self._read_pending()
         yield
         self._throughput.restart(step)
 
-    def _write_pending(self) -> None:
+    def _read_pending(self) -> None:
         if self._pending is None:
             return
         (step, values), self._pending = self._pending, None
+        skipped = int(values.pop("train/skipped_in_a_row"))
+        allowed = self._train.skipped_updates_allowed
+        logged = step % self._train.log_every == 0 or step == self._train.steps
+        if self._writer and (logged or skipped > allowed):
+            self._write(step, values)
+        if skipped > allowed:
+            raise Diverged(
+                f"the loss or its gradient was not finite at {skipped} steps in a row, the last"
+                f" being step {step}, with train.skipped_updates_allowed={allowed}; the checkpoints"
+                " before are whole: try a smaller optimizer.peak_learning_rate or another seed"
+            )
+
+    def _write(self, step: int, values: dict[str, jax.Array]) -> None:
         metrics: dict[str, Any] = {name: float(value) for name, value in values.items()}
         metrics |= self._throughput.measure(step)
         self._writer.write(step, metrics)
@@ -176,7 +231,7 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _profiled(wanted: bool, workdir: Path) -> Iterator[None]:
-    """Writes a `jax.profiler` trace to `WORKDIR/profile` around what is inside."""
-    with jax.profiler.trace(str(workdir / "profile")) if wanted else contextlib.nullcontext():
+def _profiled(workdir: Path | None) -> Iterator[None]:
+    """Writes a `jax.profiler` trace of what is inside to `WORKDIR/profile`, if there is one."""
+    with jax.profiler.trace(str(workdir / "profile")) if workdir else contextlib.nullcontext():
         yield

@@ -26,9 +26,11 @@ DATA_AXES = sharding.LOGICAL_AXIS_RULES["batch"]
 class TrainState(NamedTuple):
     """Everything that a training step changes."""
 
-    step: jax.Array  # int32: updates done
+    step: jax.Array  # int32: batches used
     parameters: Any  # nested dictionary, float32
     optimizer_state: optax.OptState
+    skipped: jax.Array  # int32: steps without an update, since something was not finite
+    skipped_in_a_row: jax.Array  # int32: those since the last update
 
 
 class Programs:
@@ -75,6 +77,11 @@ class Programs:
         """A fresh state, laid out on the mesh; the same values on every mesh."""
         return jax.jit(self._initial_state, out_shardings=self.state_shardings)()
 
+    def fresh_state(self, parameters: Any) -> TrainState:
+        """The state before the first step, of parameters on the mesh, which are used up."""
+        fresh = jax.jit(self._fresh_state, out_shardings=self.state_shardings, donate_argnums=0)
+        return fresh(parameters)
+
     def trace_train_step(self) -> jax.stages.Traced:
         """The training step, traced before there is a state or a batch.
 
@@ -89,8 +96,11 @@ class Programs:
         return self.trace_train_step().lower().compile()
 
     def _initial_state(self) -> TrainState:
-        parameters = self.blueprint.initialise(self.config.seed)
-        return TrainState(jnp.int32(0), parameters, self.optimizer.init(parameters))
+        return self._fresh_state(self.blueprint.initialise(self.config.seed))
+
+    def _fresh_state(self, parameters: Any) -> TrainState:
+        optimizer_state = self.optimizer.init(parameters)
+        return TrainState(jnp.int32(0), parameters, optimizer_state, jnp.int32(0), jnp.int32(0))
 
     def _state_specs(self) -> TrainState:
         specs = self.blueprint.specs
@@ -104,12 +114,17 @@ class Programs:
                 specs,
                 transform_non_params=lambda _: P(),
             ),
+            P(),
+            P(),
         )
 
     def _train_step(
         self, state: TrainState, batch: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update on a batch of token sequences, int32 [B, T + 1]; negative ids are padding."""
+        """One update on a batch of token sequences, int32 [B, T + 1]; negative ids are padding.
+
+        Where the loss or the gradient is not finite, parameters and optimizer stay as they were.
+        """
         loss_and_gradients = self._shard_map(
             self._loss_and_gradients, out_specs=(P(), self.blueprint.specs)
         )
@@ -117,13 +132,29 @@ class Programs:
         updates, optimizer_state = self.optimizer.update(
             gradients, state.optimizer_state, state.parameters
         )
-        parameters = optax.apply_updates(state.parameters, updates)
+        gradient_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(mean_loss) & jnp.isfinite(gradient_norm)
+        parameters, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.parameters, updates), optimizer_state),
+            (state.parameters, state.optimizer_state),
+        )
+        updates_done = state.step - state.skipped
+        state = TrainState(
+            state.step + 1,
+            parameters,
+            optimizer_state,
+            state.skipped + ~finite,
+            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
         metrics = {
             "train/loss": mean_loss,
-            "train/grad_norm": optax.tree.norm(gradients),
-            "learning_rate": optimizer.learning_rate(self.config.optimizer)(state.step),
+            "train/grad_norm": gradient_norm,
+            "train/skipped_updates": state.skipped,
+            "train/skipped_in_a_row": state.skipped_in_a_row,
+            "learning_rate": optimizer.learning_rate(self.config.optimizer)(updates_done),
         }
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        return state, metrics
 
     def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
         return sharding.over_mesh(
@@ -201,11 +232,12 @@ class Programs:
 def one_program_at_a_time() -> bool:
     """Whether this process must wait for each program before it starts the next.
 
-    On several simulated CPU devices, which share few threads, two programs with collectives in
-    flight can wait for each other for ever; XLA aborts the process after a minute.  Accelerators
-    run programs in the order of dispatch, so there nothing needs to wait.
+    On several CPU devices, of one process or of several, two programs with collectives in flight
+    can wait for each other for ever: simulated devices share few threads, and processes may not
+    start the two in the same order.  Accelerators run programs in the order of dispatch, so there
+    nothing needs to wait.
     """
-    return jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    return jax.default_backend() == "cpu" and jax.device_count() > 1
 
 
 def wait_if_simulated(outputs: Any) -> Any:

@@ -109,6 +109,9 @@ def get_config() -> ConfigDict:
             eval_sequences=256,  # validation sequences a validation loss reads; -1: all
             checkpoint_every=100,  # and at the last step
             checkpoints_to_keep=2,
+            # An update is skipped where the loss or its gradient is not finite; with more than so
+            # many in a row the run ends.
+            skipped_updates_allowed=10,
             profile_step=-1,  # write one jax.profiler trace of this step; -1: none
         )
     )

@@ -76,7 +76,7 @@ def run_as_users_do(*command):
 def assert_refused(result, *said):
     """Exit code 2 and one line on stderr, with every part of `said` in it."""
     code, stdout, stderr = result
-    assert (code, stdout) == (command_line.INPUT_ERROR_EXIT_CODE, ""), stderr
+    assert (code, stdout) == (2, ""), stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), (
         stderr
     )

@@ -2,14 +2,12 @@
 
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.huggingface import __main__ as command
-from caat_jax.train_step import TrainState
 from tests import models, reference
 from tests.huggingface import ROWS, SIZES, assert_close, do, our_logits, read_file
 
@@ -125,10 +123,9 @@ def caat_net(request, tmp_path_factory):
     names = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
     sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
     parameters = models.on_mesh(programs, reference.random_parameters(7, **sizes))
-    state = TrainState(jax.numpy.int32(3), parameters, programs.optimizer.init(parameters))
     workdir = tmp_path_factory.mktemp("caat_net") / "run"
     with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(state, 3, config, NOTHING_READ)
+        checkpoints.save(programs.fresh_state(parameters), 3, config, NOTHING_READ)
     return workdir
 
 

@@ -214,6 +214,7 @@ def test_metrics(make_config, finished):
                 "step",
                 "train/loss",
                 "train/grad_norm",
+                "train/skipped_updates",
                 "learning_rate",
                 "step_time_ms",
                 "tokens_per_second",

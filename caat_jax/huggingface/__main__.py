@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _export(given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return command_line.INPUT_ERROR_EXIT_CODE
+        return InputError.exit_code
     return 0
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -103,7 +102,7 @@ def _check_shards(model: Mapping[str, Any], tp_shards: int) -> None:
 
 
 def _state(programs: Programs, tensors: Mapping[str, StoredTensor]) -> TrainState:
-    shapes, shardings = programs.state_shapes.parameters, programs.state_shardings
+    shapes = programs.state_shapes.parameters
     parameters: dict[str, Any] = {}
     for row in mapping.rows(programs.config.model):
         *groups, name = row.parameter
@@ -111,10 +110,7 @@ def _state(programs: Programs, tensors: Mapping[str, StoredTensor]) -> TrainStat
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = _parameter(row, mapping.at(shapes, row), tensors)
-    optimizer_state = jax.jit(programs.optimizer.init, out_shardings=shardings.optimizer_state)(
-        parameters
-    )
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer_state)
+    return programs.fresh_state(parameters)
 
 
 def _parameter(
