@@ -10,6 +10,8 @@ ones follow is ever deleted.
 import contextlib
 import itertools
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +172,15 @@ class Checkpoints:
                 ),
             )
 
+    def check(self) -> None:
+        """Notices that the save under way has failed, without waiting for it.
+
+        Raises:
+          InputError: a file could not be written.
+        """
+        with self._save_errors():
+            self._manager().check_for_errors()
+
     def wait(self) -> None:
         """Until the save under way is complete.
 
@@ -185,10 +196,11 @@ class Checkpoints:
             yield
         # What Orbax and TensorStore raise has no type in common.
         except Exception as error:
-            reason = " ".join(str(error).split())
+            number = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore has it
+            reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
             raise InputError(
-                f"{self.folder / str(self._saving)} could not be written; the checkpoints before"
-                f" it are whole: {reason}"
+                f"{self.folder / str(self._saving)} could not be written ({reason}); the"
+                " checkpoints before it are whole"
             ) from error
 
     def restore_parameters(self, step: int, programs: Programs) -> Any:

@@ -33,6 +33,7 @@ def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> No
         _or_exit(lambda: main(config_lib.resolve(config.value)) if config is not None else main())
 
     quieten_logs()
+    sys.excepthook = _print_exception
     app.run(call, flags_parser=parse)
 
 
@@ -40,6 +41,13 @@ def quieten_logs() -> None:
     """Orbax and others log every step they take, and also the errors that they raise."""
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+def _print_exception(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """`sys.excepthook` for all but one error: TensorStore prints it once for every array of a
+    checkpoint whose first failed write, raised elsewhere, has ended the loop that awaits them."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def simulate_devices(mesh: config_lib.MeshConfig) -> None:

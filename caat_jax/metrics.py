@@ -8,6 +8,7 @@ its newline is written: a last line without one was cut off when the run was kil
 TensorBoard events of the same values lie in `WORKDIR/tensorboard/`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from caat_jax import chips
 from caat_jax.config import Architecture
@@ -25,6 +28,9 @@ from caat_jax.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+# Others read the metrics as they come; TensorBoard's events reach the disk this often.
+_EVENTS_EVERY_SECONDS = 30
 
 _NOT_FINITE = ("nan", "inf", "-inf")
 
@@ -49,43 +55,65 @@ class MetricsWriter:
         """
         last_step = -1 if resume_step is None else resume_step
         self.workdir = Path(workdir)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        events = self.workdir / TENSORBOARD_FOLDER
         path = self.workdir / METRICS_FILE
-        if path.exists():
-            _drop_lines_after(path, last_step)
-        # Line buffering: whoever follows the run sees a line as soon as it is written.
-        self._lines = path.open("a", encoding="utf-8", buffering=1)
-        self._events = SummaryWriter(
-            str(self.workdir / TENSORBOARD_FOLDER),
-            purge_step=last_step + 1,  # TensorBoard hides older events from this step on
-            # The file name has the time in seconds only; a quick restart must not overwrite.
-            filename_suffix=f".{last_step + 1}",
-        )
+        with self._write_errors():
+            events.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_lines_after(path, last_step)
+            # Line buffering: whoever follows the run sees a line as soon as it is written.
+            self._lines = path.open("a", encoding="utf-8", buffering=1)
+            # Without tensorboardX's SummaryWriter: its thread dies, with a traceback, of a full
+            # disk.  File names have the time in seconds only; a restart must not overwrite.
+            self._events = EventsWriter(str(events / "events"), f".{last_step + 1}")
+            # TensorBoard hides older events from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(
+                Event(wall_time=time.time(), step=last_step + 1, session_log=start)
+            )
+        self._flushed = time.monotonic()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line; `values` maps names such as "train/loss" to anything `float` takes."""
-        values = {name: float(value) for name, value in values.items()}
-        line = {"step": step}
-        for name, value in values.items():
-            line[name] = json_number(value)
-            self._events.add_scalar(name, value, step)
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        """Appends one line; `values` maps names such as "train/loss" to anything `float` takes.
 
-    def flush(self) -> None:
-        """Hands everything written so far to the operating system."""
-        self._lines.flush()
-        self._events.flush()
+        Raises:
+          InputError: the disk does not take it.
+        """
+        values = {name: float(value) for name, value in values.items()}
+        line = {name: json_number(value) for name, value in values.items()}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        with self._write_errors():
+            self._lines.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+            self._events.write_event(event)
+            if time.monotonic() > self._flushed + _EVENTS_EVERY_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes; nothing can be written afterwards."""
-        self._lines.close()
-        self._events.close()
+        with self._write_errors():
+            try:
+                self._lines.close()
+            finally:
+                self._events.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is more to the point than what its end could not write.
+        with contextlib.nullcontext() if exception is None else contextlib.suppress(InputError):
+            self.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"the metrics in {self.workdir} cannot be written: {error.strerror or error}"
+            ) from error
 
 
 def json_number(value: float) -> float | str:

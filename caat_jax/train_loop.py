@@ -91,6 +91,7 @@ def _loop(
                 if profiled or one_program_at_a_time():  # a trace shall hold the whole step
                     jax.block_until_ready(values)
             log.step(step, values)
+            checkpoints.check()
             last = step == train.steps
             stop = stop_request.reached(step) and not last
             evaluate = last or step % train.eval_every == 0
