@@ -63,7 +63,7 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         with _metrics_writer(workdir, newest) as writer:
             if done < config.train.steps:
                 if processes.is_first():
-                    print(_description(programs), file=sys.stderr)
+                    print(_description(programs, done), file=sys.stderr)
                 return config.train.steps, _loop(
                     programs, state, done, batches, cache.validation, checkpoints, writer
                 )
@@ -127,17 +127,17 @@ def _metrics_writer(
     return contextlib.nullcontext()
 
 
-def _description(programs: Programs) -> str:
-    """One line for people: what is trained, and on what."""
+def _description(programs: Programs, done: int) -> str:
+    """One line for people: what is trained, on what, and after which step."""
     model, mesh = programs.config.model, programs.mesh
     devices = mesh.devices.ravel()
     return (
         f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={model.tp_shards},"
         f" p={model.describe_sync_factors()};"
-        f" {len(devices)} {devices[0].device_kind} devices,"
+        f" {len(devices)} {devices[0].device_kind} devices of {jax.process_count()} processes,"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
         f" {programs.attention} attention;"
-        " compiling the training step"
+        f" {f'going on after step {done}; ' if done else ''}compiling the training step"
     )
 
 

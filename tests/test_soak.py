@@ -1,20 +1,23 @@
-"""Long runs of train.py as users run it, on eight simulated devices."""
+"""Runs of train.py on eight simulated devices: killed again and again, and long ones."""
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from caat_jax import command_line
 from caat_jax.metrics import read_metrics
+from tests.runs import REPOSITORY
+from tests.soak import soak
 
-pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(command_line.__file__).parent.parent
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(30, marks=pytest.mark.slow)], ids=lambda kills: f"{kills} kills"
+)
+def test_kills_change_nothing(tmp_path, kills):
+    assert "all as it was" in soak(tmp_path, kills, seed=1)
 
 
 def train(workdir, cache, **fields):
@@ -36,6 +39,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_two_thousand_steps_do_not_hang(tmp_path, cache, attempt):
     """Two programs in flight would hang within a few hundred steps, and XLA abort the process.
@@ -65,6 +69,7 @@ def test_two_thousand_steps_do_not_hang(tmp_path, cache, attempt):
     assert np.isfinite(losses).all() and loss < 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync_factor", [1.0, 0.5])
 def test_make_train_learns_python(tmp_path, cache, sync_factor):
     assert train(tmp_path, cache, model__sync_factor=sync_factor) < 2.0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import re
@@ -24,46 +23,30 @@ from caat_jax.metrics import MetricsWriter
 from caat_jax.train_step import Programs
 from configs import base
 from tests import reference
+from tests.runs import (
+    BATCH,
+    CHECKPOINT_EVERY,
+    HOLDOUT,
+    LENGTH,
+    REPOSITORY,
+    SMALL,
+    STEPS,
+    WORDS,
+    corpus,
+    lines_of,
+    series,
+    write_texts,
+)
 from tests.test_optimizer import closed_form
 
-REPOSITORY = Path(train_loop.__file__).parent.parent
-STEPS, CHECKPOINT_EVERY, KILLED_AT, PROFILED = 20, 5, 13, 3
-BATCH, LENGTH, HOLDOUT = 8, 32, 3
-WORDS = "the shard sums shared channels and keeps private ones while layers add their part".split()
+KILLED_AT, PROFILED = 13, 3
 BOS, EOS, PADDING = 256, 257, -1
-
-SMALL = {
-    "model.layers": 2,
-    "model.embed_dim": 32,
-    "model.mlp_dim": 64,
-    "model.sync_factor": 0.5,
-    "data.sequence_length": LENGTH,
-    "data.holdout_every": HOLDOUT,
-    "optimizer.peak_learning_rate": 1e-2,
-    "optimizer.final_learning_rate": 1e-3,
-    "optimizer.warmup_steps": 4,
-    "optimizer.decay_steps": STEPS,
-    "train.steps": STEPS,
-    "train.global_batch": BATCH,
-    "train.eval_every": 10,
-    "train.eval_sequences": -1,
-    "train.checkpoint_every": CHECKPOINT_EVERY,
-}
-
-
-def write_texts(folder, texts):
-    folder.mkdir()
-    for number, text in enumerate(texts):
-        (folder / f"{number:02}.txt").write_text(text)
 
 
 @pytest.fixture(scope="module")
 def make_config(tmp_path_factory):
     """A function of fields, such as {"train.steps": 10}, that differ from `SMALL`."""
-    folder = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    write_texts(folder / "texts", [" ".join(random.choice(WORDS, 60)) for _ in range(12)])
-    given = {"data.files": f"{folder}/texts/*.txt", "data.cache_dir": f"{folder}/cache"}
+    given = corpus(tmp_path_factory.mktemp("data"))
 
     def make(fields=None):
         config = base.get_config()
@@ -112,14 +95,6 @@ def train_until_killed(config, workdir):
 
     MetricsWriter.write = write_and_die
     train_loop.train(config, workdir)
-
-
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def series(workdir, name):
-    return {line["step"]: line[name] for line in lines_of(workdir) if name in line}
 
 
 def content(folder):

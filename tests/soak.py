@@ -1,0 +1,123 @@
+"""Kills a run again and again, starts it again, and looks for anything lost, doubled or changed.
+
+    python -m tests.soak [--kills=30] [--seed=0]
+
+A kill is SIGKILL after some seconds, at some step or while a checkpoint is being written, or
+SIGTERM.  At the end the metrics, and the state to the last bit, must be those of a run that nobody
+disturbed.
+"""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tqdm
+
+from tests import (
+    conftest,  # noqa: F401  the devices and compiler options of the tests
+    runs,
+)
+from tests.runs import Run
+
+STEPS_PER_KILL = 6
+COMPARED = ("train/loss", "train/grad_norm", "train/skipped_updates", "learning_rate", "eval/loss")
+
+
+def soak(folder: Path, kills: int, seed: int) -> str:
+    """Runs it in an empty folder; a line about what happened.
+
+    Raises:
+      AssertionError: something is lost, doubled or changed.
+    """
+    chance = random.Random(seed)
+    steps = kills * STEPS_PER_KILL + 10
+    fields = runs.corpus(folder) | {
+        "train.steps": steps,
+        "optimizer.decay_steps": steps,
+        "train.checkpoint_every": 3,
+        "train.eval_every": 7,
+    }
+    undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
+    assert Run(undisturbed, fields).wait() == 0
+
+    ends, cut_off = [], 0
+    for _ in tqdm.trange(kills, desc="kills", disable=None):
+        before = runs.checkpoint_steps(disturbed)
+        run = Run(disturbed, fields)
+        ends.append(_kill(run, chance))
+        went_on = f"going on after step {before[-1]};" in run.output if before else True
+        assert went_on or "compiling" not in run.output, run.output
+        assert set(before[-1:]) <= set(runs.checkpoint_steps(disturbed)), "a checkpoint is gone"
+    run = Run(disturbed, fields)
+    assert run.wait() == 0, run.output
+
+    for name in COMPARED:
+        assert runs.series(disturbed, name) == runs.series(undisturbed, name), name
+    trained = [line["step"] for line in runs.lines_of(disturbed) if "train/loss" in line]
+    assert trained == list(range(1, steps + 1)), "a step is lost or doubled"
+    assert _final_state(disturbed) == _final_state(undisturbed), "another state"
+    for path in disturbed.glob("checkpoints_set_aside/*"):
+        assert not path.name.isdigit(), f"{path} was complete and is damaged"
+        cut_off += 1
+    counts = ", ".join(f"{name} {ends.count(name)}" for name in sorted(set(ends)))
+    return f"{kills} kills ({counts}), {cut_off} checkpoints cut off, {steps} steps: all as it was"
+
+
+def _kill(run: Run, chance: random.Random) -> str:
+    """Ends a run in one way or another; the name of the way."""
+    way = chance.choice(["at a step", "after a time", "while saving", "while saving", "SIGTERM"])
+    if way == "after a time":
+        time.sleep(chance.uniform(0, 6))
+    else:
+        # The run says so before it compiles; metrics of the run before may be there until then.
+        run.wait_until(lambda: "compiling" in run.output)
+        first = runs.last_step(run.workdir)
+        target = first + chance.randint(1, STEPS_PER_KILL)
+        saving = run.workdir / "checkpoints"
+        if way == "while saving":
+            run.wait_until(lambda: any(saving.glob("*.orbax-checkpoint-tmp")))
+            time.sleep(chance.uniform(0, 0.2))
+        else:
+            run.wait_until(lambda: runs.last_step(run.workdir) >= target)
+    run.signal(signal.SIGTERM if way == "SIGTERM" else signal.SIGKILL)
+    code = run.wait()
+    allowed = (75, 0) if way == "SIGTERM" else (-signal.SIGKILL, 0)
+    assert code in allowed, (way, code, run.output)
+    return way
+
+
+def _final_state(workdir: Path) -> list[bytes]:
+    """The arrays of the last checkpoint."""
+    folder = workdir.absolute() / "checkpoints" / str(runs.checkpoint_steps(workdir)[-1]) / "state"
+    checkpointer = ocp.PyTreeCheckpointer()
+    arrays = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        checkpointer.metadata(folder).item_metadata.tree,
+    )
+    restored = checkpointer.restore(folder, restore_args=arrays)
+    return [array.tobytes() for array in jax.tree.leaves(restored)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            print(soak(Path(folder), arguments.kills, arguments.seed))
+        except AssertionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

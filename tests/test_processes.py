@@ -1,0 +1,174 @@
+"""Runs of several processes on this machine, with real signals; how each ends."""
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from caat_jax.errors import Diverged, InputError
+from tests import runs
+from tests.runs import REPOSITORY, STEPS, Run, start_processes
+
+COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
+ENDLESS = {"train.steps": 10_000, "optimizer.decay_steps": 10_000}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return runs.corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """The workdir of one process with eight devices, model = 8."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    run = Run(workdir, corpus)
+    assert run.wait() == 0, run.output
+    return workdir
+
+
+def assert_same(workdir, expected, relative, first=1):
+    """The metrics from step `first` on are the expected ones; none is missing."""
+    for name in COMPARED:
+        values = {s: v for s, v in runs.series(expected, name).items() if s >= first}
+        found = {s: v for s, v in runs.series(workdir, name).items() if s >= first}
+        assert found == pytest.approx(values, rel=relative, abs=0), name
+
+
+@pytest.mark.parametrize(
+    ("number", "fields"),
+    [
+        (2, {}),  # model = 4: a layer's all-reduce goes through both processes
+        (4, {"mesh.data": 2}),  # model = 4 in two pairs of processes
+        (2, {"mesh.fsdp": 2}),  # model = 2 within each process
+    ],
+    ids=str,
+)
+def test_losses_are_those_of_one_process(corpus, alone, tmp_path, number, fields):
+    processes = start_processes(number, tmp_path / "run", corpus | fields)
+    assert [run.wait() for run in processes] == [0] * number, processes[0].output
+    assert_same(tmp_path / "run", alone, relative=1e-5)
+    # Only the first process reports.
+    assert f"{STEPS} steps done" in processes[0].output
+    assert [run.said() for run in processes[1:]] == [[]] * (number - 1)
+
+
+@pytest.mark.parametrize("mesh", [{"mesh.model": 2}, {"mesh.fsdp": 2}], ids=str)
+def test_sums_of_two_are_the_same_bits(corpus, tmp_path, mesh):
+    """Of more than two addends, gloo sums in another order than the devices of one process."""
+    one = Run(tmp_path / "one", corpus | mesh, devices=2)
+    assert one.wait() == 0, one.output
+    two = start_processes(2, tmp_path / "two", corpus | mesh, devices=1)
+    assert [run.wait() for run in two] == [0, 0], two[0].output
+    assert_same(tmp_path / "two", tmp_path / "one", relative=0)
+
+
+def test_sigterm_to_one_stops_all_and_fewer_go_on(corpus, alone, tmp_path):
+    """And the next one, a single process on another mesh, continues the same losses."""
+    workdir = tmp_path / "run"
+    processes = start_processes(2, workdir, corpus | {"train.checkpoint_every": 1000})
+    processes[0].wait_until(lambda: runs.last_step(workdir) >= 3)
+    processes[1].signal(signal.SIGTERM)
+    assert [run.wait() for run in processes] == [75, 75], processes[0].output
+    (step,) = runs.checkpoint_steps(workdir)
+    assert runs.last_step(workdir) == step
+    for run in processes:
+        assert f"stopped after step {step}, saved" in run.said()[-1]
+    run = Run(workdir, corpus | {"mesh.data": 2, "mesh.fsdp": 2})
+    assert run.wait() == 0, run.output
+    assert f"going on after step {step};" in run.output
+    assert_same(workdir, alone, relative=1e-5)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_lost_process_ends_the_others(corpus, tmp_path, killed):
+    workdir = tmp_path / "run"
+    processes = start_processes(2, workdir, corpus | ENDLESS)
+    processes[0].wait_until(lambda: runs.last_step(workdir) >= 8)
+    processes[killed].signal(signal.SIGKILL)
+    other = processes[1 - killed]
+    code = other.wait(seconds=90)
+    # The collective fails or, where JAX's runtime was faster to notice, that aborts the process.
+    assert code in (75, -signal.SIGABRT), other.output
+    if code == 75:
+        assert "another process of the run is gone" in other.said()[-1]
+    assert runs.checkpoint_steps(workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_request(corpus, tmp_path, number):
+    workdir = tmp_path / "run"
+    run = Run(workdir, corpus | ENDLESS | {"train.checkpoint_every": 5000})
+    run.wait_until(lambda: runs.last_step(workdir) >= 2)
+    run.signal(number)
+    assert run.wait() == 75
+    (step,) = runs.checkpoint_steps(workdir)
+    assert runs.last_step(workdir) == step
+    assert run.said()[-1] == f"stopped after step {step}, saved; the same command goes on"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_processes=2"], "--coordinator_address, --process_id missing"),
+        (["--process_id=0"], "--coordinator_address, --num_processes missing"),
+        (
+            ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2 must be below --num_processes=2",
+        ),
+        (["--num_processes=0"], "--num_processes=0"),
+    ],
+    ids=str,
+)
+def test_bad_flags(corpus, tmp_path, flags, said):
+    run = Run(tmp_path / "run", corpus, *flags)
+    assert run.wait() == 2
+    (line,) = run.said()
+    assert line.startswith("error: ") and said in line.replace("flag ", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_needs_no_launcher(corpus, tmp_path):
+    run = Run(tmp_path / "run", corpus | {"train.steps": 5}, "--num_processes=1")
+    assert run.wait() == 0, run.output
+
+
+def test_the_command_of_the_docs(tmp_path):
+    """docs/scale_out.md shows how to start two processes on one machine."""
+    text = (REPOSITORY / "docs/scale_out.md").read_text()
+    (script,) = re.findall(r"```\n(for process in 0 1.*?)```", text, re.DOTALL)
+    small = runs.SMALL | {
+        "train.steps": 5,
+        "train.eval_sequences": 8,
+        "data.cache_dir": tmp_path / "cache",
+    }
+    flags = " ".join(f"--config.{name}={value}" for name, value in small.items())
+    for said, run in (
+        ("python train.py", f"{shlex.quote(sys.executable)} train.py"),
+        ("--workdir=runs/two", f"--workdir={tmp_path}/run {flags}"),
+    ):
+        assert script.count(said) == 1
+        script = script.replace(said, run)
+    command = ["bash", "-c", script]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "2 processes" in done.stderr and "5 steps done" in done.stdout, done.stderr
+
+
+def test_the_kubernetes_manifest():
+    service, job = yaml.safe_load_all((REPOSITORY / "launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    command = container["command"][-1]
+    name = service["metadata"]["name"]
+    assert pod["subdomain"] == name and job["metadata"]["name"] == name
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert f"--coordinator_address={name}-0.{name}:" in command
+    number = job["spec"]["completions"]
+    assert number == job["spec"]["parallelism"] and f"--num_processes={number} " in command
+    final = job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert final["containerName"] == container["name"]
+    assert final["values"] == [InputError.exit_code, Diverged.exit_code]
