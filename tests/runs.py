@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shlex
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ import numpy as np
 from caat_jax import command_line
 
 REPOSITORY = Path(command_line.__file__).parent.parent
+PYTHON = shlex.quote(sys.executable)
 WORDS = "the shard sums shared channels and keeps private ones while layers add their part".split()
 STEPS, CHECKPOINT_EVERY, BATCH, LENGTH, HOLDOUT = 20, 5, 8, 32, 3
 

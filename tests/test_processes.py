@@ -1,10 +1,8 @@
 """Runs of several processes on this machine, with real signals; how each ends."""
 
 import re
-import shlex
 import signal
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -148,7 +146,7 @@ def test_the_command_of_the_docs(tmp_path):
     }
     flags = " ".join(f"--config.{name}={value}" for name, value in small.items())
     for said, run in (
-        ("python train.py", f"{shlex.quote(sys.executable)} train.py"),
+        ("python train.py", f"{runs.PYTHON} train.py"),
         ("--workdir=runs/two", f"--workdir={tmp_path}/run {flags}"),
     ):
         assert script.count(said) == 1
