@@ -181,6 +181,10 @@ class Checkpoints:
         with self._save_errors():
             self._manager().check_for_errors()
 
+    def is_saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._manager().is_saving_in_progress()
+
     def wait(self) -> None:
         """Until the save under way is complete.
 

@@ -66,7 +66,14 @@ def corpus(folder: Path) -> dict[str, str]:
 class Run:
     """train.py with `SMALL` and these fields, on `devices` simulated ones, in its own process."""
 
-    def __init__(self, workdir: Path, fields: dict, *flags: str, devices: int = 8):
+    def __init__(
+        self,
+        workdir: Path,
+        fields: dict,
+        *flags: str,
+        devices: int = 8,
+        environment: dict[str, str] | None = None,
+    ):
         fields = SMALL | {"mesh.simulated_devices": devices} | fields
         command = [
             "train.py",
@@ -78,7 +85,9 @@ class Run:
         self.workdir = workdir
         workdir.parent.mkdir(exist_ok=True)
         self._output = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.log")
-        self._process = _SERVER.Process(target=_run_script, args=(command, self._output))
+        self._process = _SERVER.Process(
+            target=_run_script, args=(command, self._output, environment)
+        )
         self._process.start()
 
     @property
@@ -123,8 +132,9 @@ def start_processes(number: int, workdir: Path, fields: dict, devices: int = 2) 
     ]
 
 
-def _run_script(command: list[str], output: Path) -> None:
+def _run_script(command: list[str], output: Path, environment: dict[str, str] | None) -> None:
     """In the forked process."""
+    os.environ.update(environment or {})
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())

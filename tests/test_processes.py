@@ -1,5 +1,6 @@
 """Runs of several processes on this machine, with real signals; how each ends."""
 
+import random
 import re
 import signal
 import subprocess
@@ -130,8 +131,40 @@ def test_bad_flags(corpus, tmp_path, flags, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_needs_no_launcher(corpus, tmp_path):
-    run = Run(tmp_path / "run", corpus | {"train.steps": 5}, "--num_processes=1")
+def slurm(process, job):
+    return {
+        "SLURM_JOB_ID": f"{job}",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": f"{process}",
+        "SLURM_LOCALID": f"{process}",
+    }
+
+
+def open_mpi(process, job):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{job << 12}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": f"{process}",
+        "OMPI_COMM_WORLD_LOCAL_RANK": f"{process}",
+    }
+
+
+@pytest.mark.parametrize("launcher", [slurm, open_mpi])
+def test_processes_find_each_other_by_the_launchers_variables(corpus, tmp_path, launcher):
+    fields, job = corpus | {"train.steps": 5}, random.randrange(4096)  # it chooses the port
+    processes = [
+        Run(tmp_path / "run", fields, devices=2, environment=launcher(process, job))
+        for process in (0, 1)
+    ]
+    assert [run.wait() for run in processes] == [0, 0], processes[0].output
+    assert "4 cpu devices of 2 processes" in processes[0].output
+
+
+def test_one_process_alone(corpus, tmp_path):
+    """Whatever the launcher says."""
+    fields = corpus | {"train.steps": 5}
+    run = Run(tmp_path / "run", fields, "--num_processes=1", environment=slurm(0, 1))
     assert run.wait() == 0, run.output
 
 
