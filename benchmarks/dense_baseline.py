@@ -27,13 +27,16 @@ def from_stacked(parameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_train_step(
-    optimizer: optax.GradientTransformation, *, rope_base: float, norm_epsilon: float
-) -> Callable:
-    """jit-compiled (parameters, optimizer state, tokens [B, T + 1]) -> the two, and the loss."""
+def make_train_step(optimizer: optax.GradientTransformation, **settings: Any) -> Callable:
+    """jit-compiled (parameters, optimizer state, tokens [B, T + 1]) -> the two, and the loss.
+
+    Args:
+      optimizer: of Optax.
+      settings: as for `forward`.
+    """
 
     def loss(parameters: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        logits_BTV = forward(parameters, tokens[:, :-1], rope_base, norm_epsilon)
+        logits_BTV = forward(parameters, tokens[:, :-1], **settings)
         log_probabilities = jax.nn.log_softmax(logits_BTV)
         return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))
 
@@ -46,15 +49,34 @@ def make_train_step(
 
 
 def forward(
-    parameters: dict[str, Any], tokens_BT: jax.Array, rope_base: float, norm_epsilon: float
+    parameters: dict[str, Any],
+    tokens_BT: jax.Array,
+    *,
+    rope_base: float,
+    norm_epsilon: float,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD,
+    last_only: bool = False,
 ) -> jax.Array:
-    """Logits [B, T, V]."""
-    x_BTD = parameters["embedding"][tokens_BT]
+    """Logits [B, T, V].
+
+    Args:
+      parameters: as `from_stacked` returns them.
+      tokens_BT: token ids.
+      rope_base: of the rotary embedding.
+      norm_epsilon: of RMSNorm.
+      constrain: applied to the residual stream after every sublayer, for runs on a mesh.
+      last_only: of the last position only, [B, 1, V].
+    """
+    x_BTD = constrain(parameters["embedding"][tokens_BT])
     for layer in parameters["layers"]:
         attention, mlp = layer["attention"], layer["mlp"]
-        x_BTD += _attention(_rms_norm(x_BTD, attention["norm"], norm_epsilon), attention, rope_base)
+        h_BTD = _rms_norm(x_BTD, attention["norm"], norm_epsilon)
+        x_BTD = constrain(x_BTD + _attention(h_BTD, attention, rope_base))
         h_BTD = _rms_norm(x_BTD, mlp["norm"], norm_epsilon)
-        x_BTD += (jax.nn.silu(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+        h_BTD = (jax.nn.silu(h_BTD @ mlp["gate"]) * (h_BTD @ mlp["up"])) @ mlp["down"]
+        x_BTD = constrain(x_BTD + h_BTD)
+    if last_only:
+        x_BTD = x_BTD[:, -1:]
     return _rms_norm(x_BTD, parameters["final_norm"], norm_epsilon) @ parameters["head"]
 
 

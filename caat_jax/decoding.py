@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from caat_jax import sharding
@@ -40,14 +42,9 @@ class Generator:
 
         Args:
           config: what the parameters were trained with, its vocabulary filled in.
-          mesh: of this process's devices; `model` divides S.
+          mesh: `model` divides S.  All processes whose devices it has do the same, together.
           parameters: a nested dictionary of float32 arrays, laid out anyhow.
-
-        Raises:
-          InputError: the mesh has devices of other processes.
         """
-        if mesh.is_multi_process:
-            raise InputError("generation runs in one process; start it on one host")
         self.config = config
         self.programs = InferencePrograms(config, mesh)
         self._rows_multiple = sharding.batch_parts(mesh)
@@ -132,6 +129,11 @@ class Generator:
             if not all(0 <= token < vocabulary for token in prompt):
                 raise InputError(f"prompt {number} has an id outside [0, {vocabulary})")
 
+    def _on_mesh(self, rows: np.ndarray) -> jax.Array:
+        """An array whose first axis is split as a batch is."""
+        layout = sharding.batch_sharding(self.programs.mesh, rows.ndim)
+        return jax.make_array_from_callback(rows.shape, layout, lambda index: rows[index])
+
     def _all_steps(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, settings: Sampling
     ) -> Iterator[np.ndarray]:
@@ -147,14 +149,14 @@ class Generator:
         cache, state = wait_if_simulated(
             self.programs.prefill(
                 self._weights,
-                filled,
-                lengths,
+                self._on_mesh(filled),
+                self._on_mesh(lengths),
                 settings,
                 cache_length=bucket(slots + calls * STEPS_PER_CALL),
                 kind=settings.kind,
             )
         )
-        yield np.asarray(state.tokens)
+        yield _on_host(state.tokens)
         for _ in range(calls):
             cache, state, tokens = wait_if_simulated(
                 self.programs.decode(
@@ -166,7 +168,14 @@ class Generator:
                     kind=settings.kind,
                 )
             )
-            yield from np.asarray(tokens)
+            yield from _on_host(tokens)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """All of an array, on every process that has a part of it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def bucket(length: int) -> int:

@@ -126,9 +126,9 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"])
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """How a batch of token sequences [B, T + 1] lies on the mesh."""
-    return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+def batch_sharding(mesh: Mesh | AbstractMesh, axes: int = 2) -> NamedSharding:
+    """How a batch of token sequences [B, T + 1] lies on the mesh; `axes` 1: one number of each."""
+    return NamedSharding(mesh, partition_spec(("batch", "sequence")[:axes]))
 
 
 def over_mesh(

@@ -1,0 +1,298 @@
+"""Workers of `links.py`: one process on each host, all of one system.
+
+python -m benchmarks.link_workers ours P HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers dense replicated|sequence HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers torch - HOSTS HOST PORT SIZES
+
+PORT is free on host0; SIZES is a JSON object of `Sizes`.  A worker that has compiled says so in a
+line of JSON, then does the workload that it reads the name of, together with the other hosts'
+workers, and answers with the milliseconds of each of its parts.  The torch peer needs torch,
+transformers and accelerate, and none of this project's packages.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a worker is."""
+
+    hosts: int
+    host: int
+    port: int  # of process 0's host, host0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the model and of the workloads; float32."""
+
+    layers: int
+    embed_dim: int
+    heads: int
+    mlp_dim: int
+    vocab_size: int
+    train_batch: int
+    train_length: int
+    prompts: tuple[int, ...]  # batch sizes of generation
+    prompt_length: int
+    new_tokens: int
+
+
+# What a worker does when asked: the milliseconds of its parts, such as {"train": 812.5}.
+Workloads = dict[str, Callable[[], dict[str, float]]]
+
+
+def build_ours(p: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
+    """This project's training step and `Generator`, S = M = the number of hosts."""
+    import jax
+
+    from caat_jax import operations
+    from caat_jax.decoding import Generator
+
+    programs = _programs(float(p), place, sizes)
+    step = _train_step(
+        programs.train_step, programs.initial_state(), _batch(sizes, programs.batch_sharding)
+    )
+    parameters = programs.initial_state().parameters
+    generator = Generator(programs.config, programs.mesh, parameters)
+    inference = generator.programs
+    traces = {"train": programs.trace_train_step()}
+    workloads: Workloads = {"train": lambda: {"train": _milliseconds(step)}}
+    for batch in sizes.prompts:
+        prompts = _prompts(sizes, batch).tolist()
+        workloads[f"generate {batch}"] = functools.partial(
+            _generation, lambda prompts=prompts: _stream(generator, prompts, sizes), batch, sizes
+        )
+        cache = sizes.prompt_length + sizes.new_tokens
+        traces[f"prefill {batch}"] = inference.trace_prefill(batch, sizes.prompt_length)
+        traces[f"decode {batch}"] = inference.trace_decode(batch, cache)
+    sent = {name: operations.count(trace.jaxpr).wire_bytes for name, trace in traces.items()}
+    return workloads, {"versions": f"jax {jax.__version__}", "wire_bytes": sent}
+
+
+def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
+    """The same model at p = 1 in plain JAX: weights split over `model`, the rest the compiler's.
+
+    The residual stream is whole on each host ("replicated"), or split by position ("sequence").
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from benchmarks import dense_baseline
+    from caat_jax import optimizer as optimizer_lib
+
+    programs = _programs(1.0, place, sizes)
+    mesh, model = programs.mesh, programs.config.model
+
+    def on_mesh(*axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, P(*axes))
+
+    stream = on_mesh(None, "model" if residual == "sequence" else None, None)
+    layer = {
+        "attention": {
+            "norm": on_mesh(),
+            **dict.fromkeys(("query", "key", "value"), on_mesh(None, "model", None)),
+            "output": on_mesh("model", None, None),
+        },
+        "mlp": {
+            "norm": on_mesh(),
+            **dict.fromkeys(("gate", "up"), on_mesh(None, "model")),
+            "down": on_mesh("model", None),
+        },
+    }
+    shardings = {
+        "embedding": on_mesh(None, "model"),
+        "layers": [layer] * sizes.layers,
+        "final_norm": on_mesh(),
+        "head": on_mesh(None, "model"),
+    }
+    parameters = dense_baseline.from_stacked(programs.initial_state().parameters)
+    parameters = jax.jit(lambda tree: tree, out_shardings=shardings)(parameters)
+    optimizer = optimizer_lib.create(
+        programs.config.optimizer, jax.tree.map(lambda w: ("axis",) * w.ndim, parameters)
+    )
+    settings = {
+        "rope_base": model.rope_base,
+        "norm_epsilon": model.norm_epsilon,
+        "constrain": lambda x: jax.lax.with_sharding_constraint(x, stream),
+    }
+    train = dense_baseline.make_train_step(optimizer, **settings)
+    state = parameters, jax.jit(optimizer.init)(parameters)
+
+    def train_step(state: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
+        *state, loss = train(*state, batch)
+        return state, loss
+
+    # The donated state takes its parameters along.
+    kept = jax.tree.map(jnp.copy, parameters)
+    forward = jax.jit(
+        lambda weights, tokens: dense_baseline.forward(
+            weights, tokens, last_only=True, **settings
+        ).argmax(-1)
+    )
+    step = _train_step(train_step, state, _batch(sizes, programs.batch_sharding))
+    workloads: Workloads = {"train": lambda: {"train": _milliseconds(step)}}
+    for batch in sizes.prompts:
+        prompts = _prompts(sizes, batch)
+        workloads[f"generate {batch}"] = lambda prompts=prompts, batch=batch: {
+            f"prefill {batch}": _milliseconds(lambda: jax.block_until_ready(forward(kept, prompts)))
+        }
+    return workloads, {"versions": f"jax {jax.__version__}"}
+
+
+def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
+    """A Llama of `transformers` under tp_plan="auto", its dynamic cache: generation only."""
+    import tempfile
+
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=sizes.embed_dim,
+        intermediate_size=sizes.mlp_dim,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        vocab_size=sizes.vocab_size,
+    )
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        # Before there is a process group: in one, the first process alone would save.
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        os.environ.update(
+            MASTER_ADDR="host0",
+            MASTER_PORT=f"{place.port}",
+            RANK=f"{place.host}",
+            LOCAL_RANK=f"{place.host}",
+            WORLD_SIZE=f"{place.hosts}",
+        )
+        torch.distributed.init_process_group("gloo")
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+
+    @torch.inference_mode()
+    def stream(prompts: torch.Tensor) -> Any:
+        result = model(prompts, use_cache=True, logits_to_keep=1)
+        for _ in range(sizes.new_tokens):
+            tokens = result.logits[:, -1:].argmax(-1)
+            yield int(tokens[0])
+            result = model(tokens, past_key_values=result.past_key_values, use_cache=True)
+
+    workloads: Workloads = {}
+    for batch in sizes.prompts:
+        prompts = torch.from_numpy(_prompts(sizes, batch)).long()
+        workloads[f"generate {batch}"] = functools.partial(
+            _generation, lambda prompts=prompts: stream(prompts), batch, sizes
+        )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return workloads, {"versions": versions}
+
+
+def _programs(p: float, place: Place, sizes: Sizes) -> Any:
+    """Joins the other hosts; `Programs` on a mesh of one device of each."""
+    import jax
+
+    from caat_jax import config as config_lib
+    from caat_jax import sharding
+    from caat_jax.train_step import Programs
+    from configs import base
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"host0:{place.port}", place.hosts, place.host)
+    config = base.get_config()
+    config.model.update(
+        layers=sizes.layers,
+        embed_dim=sizes.embed_dim,
+        heads=sizes.heads,
+        kv_heads=sizes.heads,
+        mlp_dim=sizes.mlp_dim,
+        vocab_size=sizes.vocab_size,
+        tp_shards=place.hosts,
+        sync_factor=p,
+    )
+    config.compute.scan_layers = False
+    config.mesh.update(data=1, fsdp=1, model=place.hosts)
+    config.train.global_batch = sizes.train_batch
+    config.data.sequence_length = max(sizes.train_length, sizes.prompt_length + sizes.new_tokens)
+    resolved = config_lib.resolve(config)
+    return Programs(resolved, sharding.create_mesh(resolved.mesh))
+
+
+def _train_step(step: Callable, state: Any, batch: Any) -> Callable[[], None]:
+    """`step(state, batch)`, which returns the next state and values, as a function of nothing."""
+    import jax
+
+    def one() -> None:
+        nonlocal state
+        state, values = step(state, batch)
+        jax.block_until_ready(values)
+
+    return one
+
+
+def _batch(sizes: Sizes, sharding: Any) -> Any:
+    import jax
+
+    shape = sizes.train_batch, sizes.train_length + 1
+    rows = np.random.default_rng(0).integers(sizes.vocab_size, size=shape, dtype=np.int32)
+    return jax.make_array_from_callback(shape, sharding, lambda index: rows[index])
+
+
+def _prompts(sizes: Sizes, batch: int) -> np.ndarray:
+    shape = batch, sizes.prompt_length
+    return np.random.default_rng(0).integers(sizes.vocab_size, size=shape, dtype=np.int32)
+
+
+def _stream(generator: Any, prompts: list, sizes: Sizes) -> Any:
+    return generator.stream(prompts, max_new_tokens=sizes.new_tokens)
+
+
+def _generation(stream: Callable[[], Any], batch: int, sizes: Sizes) -> dict[str, float]:
+    """Until the first token, and for each of the others."""
+    start = time.perf_counter()
+    tokens = iter(stream())
+    next(tokens)
+    first = time.perf_counter()
+    rest = sum(1 for _ in tokens)
+    end = time.perf_counter()
+    assert rest == sizes.new_tokens - 1
+    return {
+        f"prefill {batch}": 1000 * (first - start),
+        f"decode {batch}": 1000 * (end - first) / rest,
+    }
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    # Replies go to what was standard output; whatever libraries print goes to standard error.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    system, variant, *place, sizes = sys.argv[1:]
+    build = {"ours": build_ours, "dense": build_dense, "torch": build_torch}[system]
+    workloads, about = build(variant, Place(*map(int, place)), Sizes(**json.loads(sizes)))
+    for workload in workloads.values():
+        workload(), workload()
+    print(json.dumps({"workloads": list(workloads), **about}), file=replies)
+    for line in sys.stdin:
+        print(json.dumps(workloads[line.strip()]()), file=replies)
+    # Nobody waits for anybody: all have been told to end.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Hosts with limited links on one Linux machine: network namespaces on a bridge.
+
+The program that uses them first starts itself again in namespaces of its own (`isolate`), of users,
+mounts, processes and networks.  All that is made inside, links and processes, belongs to those
+namespaces, and the kernel takes it away with the program, however that ends.  Needs iproute2 and
+util-linux, and root or a kernel that gives users namespaces.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from caat_jax.errors import InputError
+
+_INSIDE = "CAAT_JAX_NETWORK_INSIDE"
+_UNSHARE = [
+    *("unshare", "--user", "--map-root-user"),
+    *("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+]
+# Of a shaper's bucket: what may pass at once.  At least two of the kernel's largest segments, and
+# what flows in 4 ms, the longest that a timer of 250 Hz may be late.
+_LEAST_BURST_BYTES, _BURST_SECONDS = 128 * 1024, 0.004
+
+
+def unavailable() -> str | None:
+    """Why there can be no hosts on this machine; None: there can."""
+    for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("unshare", "util-linux")):
+        if not shutil.which(program):
+            return f"there is no {program}; on Debian and Ubuntu: apt-get install {package}"
+    tried = subprocess.run(
+        [
+            *_UNSHARE,
+            "sh",
+            "-c",
+            "ip link add try0 type bridge && ip link add try1 type veth peer try2",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tried.returncode:
+        said = (tried.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return f"this user may make no network namespaces ({said}); run it as root"
+    return None
+
+
+def isolate(module: str) -> None:
+    """Starts `python -m module` again with the same arguments, inside; there it returns.
+
+    Raises:
+      InputError: this machine or this user cannot.
+    """
+    if _INSIDE in os.environ:
+        return
+    if reason := unavailable():
+        raise InputError(reason)
+    command = [*_UNSHARE, sys.executable, "-m", module, *sys.argv[1:]]
+    os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})
+
+
+class Hosts:
+    """Hosts `host0`, `host1`, … with one link each to a switch; to be made once, inside."""
+
+    def __init__(self, number: int):
+        self.names = [f"host{host}" for host in range(number)]
+        addresses = {name: f"10.0.0.{host + 1}" for host, name in enumerate(self.names)}
+        _run("mount -t tmpfs tmpfs /run")  # for the names of network namespaces
+        with tempfile.NamedTemporaryFile("w", delete=False) as hosts:
+            hosts.write("127.0.0.1 localhost\n")
+            hosts.writelines(f"{address} {name}\n" for name, address in addresses.items())
+        os.chmod(hosts.name, 0o644)
+        _run(f"mount --bind {hosts.name} /etc/hosts")
+        Path(hosts.name).unlink()
+        _run("ip link add switch type bridge")
+        _run("ip link set switch up")
+        for name, address in addresses.items():
+            _run(f"ip netns add {name}")
+            _run(f"ip link add {name} type veth peer name uplink netns {name}")
+            _run(f"ip link set {name} master switch up")
+            _run(f"ip -n {name} addr add {address}/24 dev uplink")
+            _run(f"ip -n {name} link set uplink up")
+            _run(f"ip -n {name} link set lo up")
+
+    def set_rate(self, megabits: float | None) -> None:
+        """Limits every host's link, in each direction, in Mbit/s; None: no limit."""
+        for name in self.names:
+            for device in (f"-n {name} qdisc {{}} dev uplink", f"qdisc {{}} dev {name}"):
+                if megabits is None:
+                    subprocess.run(
+                        f"tc {device.format('del')} root".split(), capture_output=True, check=False
+                    )
+                else:
+                    burst = max(_LEAST_BURST_BYTES, int(megabits * 1e6 / 8 * _BURST_SECONDS))
+                    _run(
+                        f"tc {device.format('replace')} root tbf rate {megabits}mbit"
+                        f" burst {burst} latency 100ms"
+                    )
+
+    def command(self, host: int, command: list[str]) -> list[str]:
+        """The command, on a host; that is then the machine's name."""
+        name = self.names[host]
+        script = 'hostname "$0" && exec "$@"'
+        return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", script, name, *command]
+
+
+def _run(command: str) -> None:
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command}: {done.stderr.strip()}")
