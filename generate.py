@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, text_generation
+from caat_jax import checkpoint, command_line, decoding, text_generation
 from caat_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
@@ -30,18 +30,19 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same one draws the same tokens.")
 
 def main() -> None:
     prompts = _prompts()
-    workdir = Path(_WORKDIR.value).expanduser()
-    step, config = checkpoint.newest_config(workdir)
-    command_line.simulate_devices(config.mesh)
-    generator = text_generation.TextGenerator(workdir, step, config)
-    pieces = generator.stream(
-        prompts,
+    settings = dict(
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,
     )
+    decoding.check_settings(**settings)  # a checkpoint may take minutes to load
+    workdir = Path(_WORKDIR.value).expanduser()
+    step, config = checkpoint.newest_config(workdir)
+    command_line.simulate_devices(config.mesh)
+    generator = text_generation.TextGenerator(workdir, step, config)
+    pieces = generator.stream(prompts, **settings)
     # Whatever the terminal is set to: a character that it cannot show must not end the program.
     sys.stdout.reconfigure(encoding="utf-8")
     if len(prompts) == 1:

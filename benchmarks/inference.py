@@ -6,7 +6,8 @@
 Float32 at the size in `workers.py`, S = 8, greedy.  Each system lives in a process of its own,
 started for one batch size and prompt length at a time; every round measures each once, in a random
 order.  Decode is the time of --new_tokens less that of the first one.  With --peer_python, the
-Python that has torch and transformers, a Llama of transformers is measured too.
+Python that has torch and transformers, a Llama of transformers is measured too: with its growing
+cache, and compiled with a static one, which needs a C++ compiler.
 """
 
 import json
@@ -32,7 +33,10 @@ OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; none when empt
 PEER_PYTHON = flags.DEFINE_string("peer_python", "", "A Python with torch and transformers.")
 
 SYNC_FACTORS = (1.0, 0.5)
-PEER = "transformers, torch"
+PEERS = {
+    "dynamic": "transformers, torch",
+    "static": "transformers, torch, static cache, compiled",
+}
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def main() -> None:
     for batch in batches:
         for length in lengths:
             print(f"batch {batch}, prompts of {length} tokens, {NEW_TOKENS.value} new ones")
-            print(f"{'system':32} {'first, ms':>9} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}  base")
+            print(f"{'system':43} {'first, ms':>9} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}  base")
             rows += _measure(batch, length)
     if OUTPUT.value:
         Path(OUTPUT.value).write_text(json.dumps(rows, indent=1) + "\n")
@@ -64,8 +68,8 @@ def _systems() -> dict[str, tuple[str, list[str]]]:
         for p in SYNC_FACTORS
     }
     if PEER_PYTHON.value:
-        command = [PEER_PYTHON.value, "-m", "benchmarks.inference_workers", "torch"]
-        systems[PEER] = (_name(1, 1.0), command)
+        peer = [PEER_PYTHON.value, "-m", "benchmarks.inference_workers", "torch"]
+        systems |= {name: (_name(1, 1.0), [*peer, cache]) for cache, name in PEERS.items()}
     return systems
 
 
@@ -106,7 +110,7 @@ def _measure(batch: int, length: int) -> list[dict]:
             "decode_time_ratio": _ratio(decode, base_decode),
         }
         print(
-            f"{name:32} {row['first_token_ms']:9.1f} {row['first_token_ratio']:6.2f}"
+            f"{name:43} {row['first_token_ms']:9.1f} {row['first_token_ratio']:6.2f}"
             f" {row['decode_tokens_per_second']:9,.0f} {row['decode_time_ratio']:6.2f}  {base}",
             flush=True,
         )

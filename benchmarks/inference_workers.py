@@ -1,7 +1,7 @@
 """Workers of `inference.py`: this project on simulated devices or on one, and transformers.
 
 python -m benchmarks.inference_workers caat DEVICES P BATCH LENGTH NEW_TOKENS
-python -m benchmarks.inference_workers torch BATCH LENGTH NEW_TOKENS
+python -m benchmarks.inference_workers torch dynamic|static BATCH LENGTH NEW_TOKENS
 
 A step is one greedy generation of NEW_TOKENS for BATCH prompts of LENGTH; with NEW_TOKENS = 1 it is
 the prefill.  The peers' Python needs torch and transformers, and none of this project's packages.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks import peers
 from benchmarks import workers as sizes
 
 
@@ -35,34 +36,49 @@ def build_caat(
     return step, f"jax {jax.__version__}"
 
 
-def build_torch(batch: int, length: int, new_tokens: int) -> tuple[Callable[[], float], str]:
-    """A Llama of `transformers`, its dynamic cache and its own loop for it, two threads."""
+def build_torch(
+    cache_kind: str, batch: int, length: int, new_tokens: int
+) -> tuple[Callable[[], float], str]:
+    """A Llama of `transformers`, two threads.
+
+    Args:
+      cache_kind: "dynamic": its growing cache, nothing compiled; "static": a cache of a fixed
+        length, prefill and decode each compiled.
+      batch: how many prompts.
+      length: tokens of each.
+      new_tokens: of each.
+    """
     import torch
     import transformers
 
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=sizes.EMBED_DIM,
-            intermediate_size=sizes.MLP_DIM,
-            num_hidden_layers=sizes.LAYERS,
-            num_attention_heads=sizes.HEADS,
-            vocab_size=sizes.VOCAB_SIZE,
-        )
-    ).eval()
+    model, versions = peers.torch_llama()
+    model.eval()
     prompts = torch.from_numpy(_prompts(batch, length)).long()
+
+    def choose(tokens: torch.Tensor, cache: transformers.Cache) -> torch.Tensor:
+        return model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+
+    prefill = decode = choose
+    if cache_kind == "static":
+        cache = transformers.StaticCache(model.config, max_cache_len=length + new_tokens)
+        with torch.inference_mode():
+            choose(prompts, cache)  # allocates it, which compiled code must not do
+        prefill, decode = (torch.compile(choose, dynamic=False, fullgraph=True) for _ in range(2))
 
     # Not `model.generate`, which takes longer: only what the model itself needs.
     @torch.inference_mode()
     def step() -> float:
-        result = model(prompts, use_cache=True, logits_to_keep=1)
+        if cache_kind == "static":
+            cache.reset()
+            used = cache
+        else:
+            used = transformers.DynamicCache(config=model.config)
+        tokens = prefill(prompts, used)
         for _ in range(new_tokens - 1):
-            tokens = result.logits[:, -1:].argmax(-1)
-            result = model(tokens, past_key_values=result.past_key_values, use_cache=True)
-        return float(result.logits[:, -1].argmax(-1)[0])
+            tokens = decode(tokens, used)
+        return float(tokens[0])
 
-    return step, f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return step, versions
 
 
 def _prompts(batch: int, length: int) -> np.ndarray:
@@ -73,6 +89,6 @@ def _prompts(batch: int, length: int) -> np.ndarray:
 if __name__ == "__main__":
     numbers = [int(n) for n in sys.argv[-3:]]
     if sys.argv[1] == "torch":
-        sizes.serve(lambda: build_torch(*numbers))
+        sizes.serve(lambda: build_torch(sys.argv[2], *numbers))
     else:
         sizes.serve(lambda: build_caat(int(sys.argv[2]), float(sys.argv[3]), *numbers))

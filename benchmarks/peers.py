@@ -12,6 +12,7 @@ Started by `step_time.py` with the peers' own Python, which needs none of this p
 import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,21 +26,8 @@ NANODO_MLP_DIM = sizes.MLP_DIM * 3 // 2
 def build_torch(mode: str, attention: str) -> tuple[Callable[[], float], str]:
     """A Llama of `transformers`, fused AdamW, two threads."""
     import torch
-    import transformers
 
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=sizes.EMBED_DIM,
-            intermediate_size=sizes.MLP_DIM,
-            num_hidden_layers=sizes.LAYERS,
-            num_attention_heads=sizes.HEADS,
-            vocab_size=sizes.VOCAB_SIZE,
-            attn_implementation=attention,
-            use_cache=False,
-        )
-    )
+    model, versions = torch_llama(attn_implementation=attention, use_cache=False)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=sizes.LEARNING_RATE,
@@ -60,7 +48,26 @@ def build_torch(mode: str, attention: str) -> tuple[Callable[[], float], str]:
         optimizer.step()
         return loss.item()
 
-    return step, f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return step, versions
+
+
+def torch_llama(**options: Any) -> tuple[Any, str]:
+    """A `transformers.LlamaForCausalLM` on two threads, with these of its options; versions."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=sizes.EMBED_DIM,
+        intermediate_size=sizes.MLP_DIM,
+        num_hidden_layers=sizes.LAYERS,
+        num_attention_heads=sizes.HEADS,
+        vocab_size=sizes.VOCAB_SIZE,
+        **options,
+    )
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return transformers.LlamaForCausalLM(config), versions
 
 
 def build_nanodo(devices: int, checkout: str) -> tuple[Callable[[], float], str]:

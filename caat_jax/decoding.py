@@ -105,9 +105,13 @@ class Generator:
 
         A prompt that is in one step no more has ended.  Bad arguments raise at once.
         """
-        settings = sampling(temperature, top_k, top_p, seed)
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        settings = check_settings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
         self._check_prompts(prompts)
         context = self.config.data.sequence_length
         limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
@@ -176,6 +180,19 @@ def _on_host(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def check_settings(
+    *, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> Sampling:
+    """How to choose, of arguments of `Generator.generate`: to be checked before there is one.
+
+    Raises:
+      InputError: naming the value and what is allowed.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    return sampling(temperature, top_k, top_p, seed)
 
 
 def bucket(length: int) -> int:

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from caat_jax import attention, compiler_options, layers, partial_sync, sampling, sharding
 from caat_jax import transformer as model_lib
 from caat_jax.config import Config
-from caat_jax.partial_sync import Factors, Stream, Wire
+from caat_jax.partial_sync import Columns, Factors, Stream, Wire
 from caat_jax.sampling import Sampling
 from caat_jax.transformer import EMBEDDING, HEAD_AND_LOSS, LAYERS, Blueprint, LayerRun
 
@@ -50,7 +51,7 @@ class Weights(NamedTuple):
 
     table: jax.Array  # the embedding, [V, D]
     runs: tuple[LayerFactors, ...]
-    head: jax.Array  # times γ, [D, G, V/shard groups]
+    head: Columns  # n being the vocabulary's part of a shard group
 
 
 class LayerCache(NamedTuple):
@@ -75,6 +76,10 @@ class State(NamedTuple):
 
 
 _STATE = State(_BATCH, _BATCH, _SCALAR, _SCALAR)
+# The order in memory of a cache's [K·B, C, h], outermost first, where it is not that.  On TPUs one
+# slot of all rows, which a step writes, is whole tiles then: XLA wants it so, and would copy the
+# cache into this order at the begin of every call and back at its end.
+_CACHE_ORDER = {"tpu": (1, 0, 2)}
 _GREEDY = sampling.sampling(0.0, 0, 1.0, 0)
 _SAMPLING = Sampling(_SCALAR, _SCALAR, _SCALAR, _SCALAR)
 
@@ -93,7 +98,7 @@ class InferencePrograms:
         self._blueprint = Blueprint(arch, config.compute, self._attend)
         self._dtype = jnp.dtype(config.compute.dtype)
         self._wire = Wire(*[jnp.dtype(config.compute.forward_wire_dtype)] * 2)
-        self._groups = partial_sync.group_count(
+        self._grouping = partial_sync.grouping(
             arch.tp_shards // mesh.shape["model"],
             model_lib.smallest_sync_width(arch),
             arch.embed_dim,
@@ -107,25 +112,33 @@ class InferencePrograms:
             ]
         axes = ("layers",) if config.compute.scan_layers else ()
         rows = sharding.partition_spec((*axes, "shards", "unsplit", "unsplit"))
-        columns = sharding.partition_spec((*axes, "unsplit", "shards", "unsplit"))
-        factors = Factors(columns, rows, rows)
+        common = sharding.partition_spec((*axes, "unsplit", "shards"))
+        factors = Factors(Columns(common, rows), rows, rows)
         table = ("vocab", "unsplit") if arch.tied_head else ("unsplit", "channels")
         self._weight_specs = Weights(
             sharding.partition_spec(table),
             (LayerFactors(factors, factors),) * len(self._runs),
-            sharding.partition_spec(("unsplit", "shards", "unsplit")),
+            Columns(
+                sharding.partition_spec(("unsplit", "shards")),
+                sharding.partition_spec(("shards", "unsplit", "unsplit")),
+            ),
         )
         rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
         self._cache_specs = (LayerCache(rows, rows),) * len(self._runs)
+        self._cache_formats = jax.tree.map(self._cache_format, self._cache_specs)
         options = compiler_options.options(platform)
         self.prepare = jax.jit(self._prepare)
         self.prefill = jax.jit(
-            self._prefill, static_argnames=("cache_length", "kind"), compiler_options=options
+            self._prefill,
+            static_argnames=("cache_length", "kind"),
+            out_shardings=(self._cache_formats, None),
+            compiler_options=options,
         )
         self.decode = jax.jit(
             self._decode,
             static_argnames=("steps", "kind"),
             donate_argnames="cache",
+            out_shardings=(self._cache_formats, None, None),
             compiler_options=options,
         )
 
@@ -146,11 +159,13 @@ class InferencePrograms:
         """Greedy decode of one token for each of `batch` sequences, traced without a cache."""
         arch = self.config.model
         caches = []
-        for run, specs in zip(self._runs, self._cache_specs, strict=True):
+        for run, formats in zip(self._runs, self._cache_formats, strict=True):
             shape = (arch.kv_heads * batch, cache_length, arch.head_dim)
             if self.config.compute.scan_layers:
                 shape = (run.last - run.first, *shape)
-            caches.append(LayerCache(*(self._shape(shape, self._dtype, spec) for spec in specs)))
+            caches.append(
+                LayerCache(*(jax.ShapeDtypeStruct(shape, self._dtype, sharding=f) for f in formats))
+            )
         rows, number = np.zeros(batch, np.int32), np.int32(0)
         return self.decode.trace(
             self._weight_shapes(),
@@ -170,6 +185,15 @@ class InferencePrograms:
 
     def _shape(self, shape: tuple, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def _cache_format(self, spec: P) -> NamedSharding | Format:
+        """How an array of a cache lies over the devices, and in the memory of each."""
+        split = NamedSharding(self.mesh, spec)
+        order = _CACHE_ORDER.get(sharding.platform(self.mesh))
+        if order is None:
+            return split
+        stacked = len(spec) - len(order)
+        return Format(Layout((*range(stacked), *(stacked + axis for axis in order))), split)
 
     def _over_mesh(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         return sharding.over_mesh(
@@ -234,15 +258,15 @@ class InferencePrograms:
     # What follows runs on each device's part, inside `shard_map`.
 
     def _local_weights(self, parameters: Any) -> Weights:
-        arch, groups, dtype = self.config.model, self._groups, self._dtype
+        arch, grouping, dtype = self.config.model, self._grouping, self._dtype
         model = self._blueprint.bind(parameters)
         graph, stacked = nnx.split(model.layers)
 
         def factors(weights: Any, run: LayerRun) -> LayerFactors:
             layer = nnx.merge(graph, weights)
             return LayerFactors(
-                layer.attention.factors(groups, run.sync_widths[0], dtype),
-                layer.mlp.factors(groups, run.sync_widths[1], dtype),
+                layer.attention.factors(grouping, run.sync_widths[0], dtype),
+                layer.mlp.factors(grouping, run.sync_widths[1], dtype),
             )
 
         runs = []
@@ -255,10 +279,13 @@ class InferencePrograms:
                 runs.append(factors(one, run))
         table = model.embedding[...]
         head = table.T if arch.tied_head else model.head[...]
-        head = head.reshape(arch.embed_dim, groups, -1)
-        return Weights(
-            table, tuple(runs), partial_sync.scaled_columns(model.final_norm[...], head, dtype)
+        head = partial_sync.scaled_columns(
+            model.final_norm[...],
+            head.reshape(arch.embed_dim, grouping.groups, -1),
+            grouping.common_width,
+            dtype,
         )
+        return Weights(table, tuple(runs), head)
 
     def _local_prefill(
         self,

@@ -18,7 +18,7 @@ from flax import nnx
 from caat_jax import partial_sync
 from caat_jax.attention import Attend
 from caat_jax.config import Architecture
-from caat_jax.partial_sync import Factors, Stream, Wire
+from caat_jax.partial_sync import Factors, Grouping, Stream, Wire
 
 INITIAL_STD = 0.02
 
@@ -62,16 +62,16 @@ class Attention(nnx.Module):
         wire: Wire,
     ) -> Stream:
         """The streams after the sublayer; `rotation` is that of `rotary_angles`."""
-        factors = self.factors(stream.groups, sync_width, stream.common.dtype)
+        factors = self.factors(stream.grouping, sync_width, stream.common.dtype)
         query, key, value = query_key_value(stream, factors, rotation, self.arch)
         with jax.named_scope(ATTENTION):
             attended = self.attend(query, key, value)
         return add_attended(stream, attended, factors, wire)
 
-    def factors(self, groups: int, sync_width: int, dtype: jnp.dtype) -> Factors:
+    def factors(self, grouping: Grouping, sync_width: int, dtype: jnp.dtype) -> Factors:
         """What is multiplied with; the columns of a group are query, key and value in turn."""
         inputs = (self.query, self.key, self.value)
-        return _factors(self.arch, self.norm, inputs, self.output, groups, sync_width, dtype)
+        return _factors(self.arch, self.norm, inputs, self.output, grouping, sync_width, dtype)
 
 
 class Mlp(nnx.Module):
@@ -87,13 +87,13 @@ class Mlp(nnx.Module):
 
     def __call__(self, stream: Stream, *, sync_width: int, wire: Wire) -> Stream:
         """The streams after the sublayer."""
-        factors = self.factors(stream.groups, sync_width, stream.common.dtype)
+        factors = self.factors(stream.grouping, sync_width, stream.common.dtype)
         return mlp(stream, factors, self.arch, wire)
 
-    def factors(self, groups: int, sync_width: int, dtype: jnp.dtype) -> Factors:
+    def factors(self, grouping: Grouping, sync_width: int, dtype: jnp.dtype) -> Factors:
         """What is multiplied with; the columns of a group are gate and up in turn."""
         inputs = (self.gate, self.up)
-        return _factors(self.arch, self.norm, inputs, self.down, groups, sync_width, dtype)
+        return _factors(self.arch, self.norm, inputs, self.down, grouping, sync_width, dtype)
 
 
 def query_key_value(
@@ -131,19 +131,21 @@ def _factors(
     norm: nnx.Param,
     inputs: tuple[nnx.Param, ...],
     output: nnx.Param,
-    groups: int,
+    grouping: Grouping,
     sync_width: int,
     dtype: jnp.dtype,
 ) -> Factors:
-    columns = [w[...].reshape(arch.embed_dim, groups, -1) for w in inputs]
-    columns = jnp.concatenate(columns, axis=-1)
+    columns = [w[...].reshape(arch.embed_dim, grouping.groups, -1) for w in inputs]
+    columns = partial_sync.scaled_columns(
+        norm[...], jnp.concatenate(columns, axis=-1), grouping.common_width, dtype
+    )
     rows = partial_sync.output_rows(
-        output[...].reshape(groups, -1, arch.embed_dim),
+        output[...].reshape(grouping.groups, -1, arch.embed_dim),
         sync_width=sync_width,
         tp_shards=arch.tp_shards,
         dtype=dtype,
     )
-    return Factors(partial_sync.scaled_columns(norm[...], columns, dtype), *rows)
+    return Factors(columns, *rows)
 
 
 @jax.custom_vjp

@@ -133,8 +133,11 @@ class Transformer(nnx.Module):
             weights = self._gathered(self.embedding).T
         else:
             weights = self._gathered(self.head)
-        weights = weights.reshape(self.arch.embed_dim, stream.groups, -1)
-        columns = partial_sync.scaled_columns(self.final_norm[...], weights, self.dtype)
+        groups, common_width = stream.grouping
+        weights = weights.reshape(self.arch.embed_dim, groups, -1)
+        columns = partial_sync.scaled_columns(
+            self.final_norm[...], weights, common_width, self.dtype
+        )
         return partial_sync.norm_and_project(
             stream, columns, epsilon=self.arch.norm_epsilon, out_dtype=jnp.float32
         )

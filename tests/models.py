@@ -1,5 +1,6 @@
 """Small configurations, and what a model computes on a mesh of the simulated devices."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from caat_jax import config as config_lib
@@ -15,6 +17,9 @@ from caat_jax.config import Config
 from caat_jax.train_step import DATA_AXES, Programs
 from configs import base
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
 SMALL = dict(layers=2, embed_dim=32, heads=16, kv_heads=8, head_dim=4, mlp_dim=48, vocab_size=64)
 
 

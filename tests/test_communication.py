@@ -26,9 +26,6 @@ from caat_jax.train_step import Programs
 from configs import llama_130m, tiny
 from tests import models
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
 MATRICES = 7  # of a layer
 RING = 7 / 8  # of a payload goes over each device's wire, for 8 devices
 
@@ -111,13 +108,13 @@ def test_130m_on_the_simulated_mesh(p):
     check_model_axis(audited(config, p), config, p, forward_bytes=4)
 
 
-@needs_libtpu
+@models.needs_libtpu
 def test_tiny_on_a_tpu_pod():
     config = tiny_config(scan_layers=True)
     check_layers_and_gather(audited(config, 0.5, "v5e:2x4"), config, 0.5, forward_bytes=4)
 
 
-@needs_libtpu
+@models.needs_libtpu
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("p", [1.0, 0.5])
 def test_130m_on_a_tpu_pod(p, remat):
@@ -133,7 +130,7 @@ def test_130m_on_a_tpu_pod(p, remat):
     assert sent_types == {("layer forward", "bfloat16"), ("layer backward", "float32")}
 
 
-@needs_libtpu
+@models.needs_libtpu
 def test_reductions_over_model_overlap_only_where_p_is_below_1():
     """At p < 1 the product of the private channels can run beside the forward reduction."""
     waiting = {
@@ -145,7 +142,7 @@ def test_reductions_over_model_overlap_only_where_p_is_below_1():
     assert waiting[0.5] == 0 < waiting[1.0]
 
 
-@needs_libtpu
+@models.needs_libtpu
 def test_data_spans_tpu_slices():
     devices = topology.tpu_devices("v5e:2x2", slices=2)
     mesh = sharding.create_mesh(MeshConfig(2, 1, 4, 0), devices)
@@ -258,7 +255,7 @@ def test_libtpu_is_asked_for(monkeypatch):
         topology.tpu_devices("v5e:2x4")
 
 
-@needs_libtpu
+@models.needs_libtpu
 @pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9z:2x2", "8", "v5e:2x4x4x4", "v5e:0x4"])
 def test_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match=rf"--topology={name}.*v5p:4x4x4") as error:

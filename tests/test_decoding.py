@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from caat_jax import decoding, inference_step, sampling
+from caat_jax import decoding, inference_step, sampling, sharding, topology
 from caat_jax.communication_audit import audit_program
 from caat_jax.decoding import Generator
 from caat_jax.errors import InputError
@@ -365,6 +365,31 @@ def test_the_cache_is_updated_in_place(M, scan_layers):
     assert not re.search(rf"= {whole}\S* copy\(", compiled.as_text())
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * 2 * rows * 64 * 4 * 4
+
+
+@models.needs_libtpu
+def test_the_cache_is_updated_in_place_on_a_tpu_pod():
+    """It comes in the order in memory that its steps want: none is brought into it, or back."""
+    config = models.small_config(
+        model=dict(tp_shards=8, sync_factor=0.5, head_dim=128),
+        mesh=dict(model=8),
+        compute=dict(dtype="bfloat16"),
+    )
+    mesh = sharding.create_mesh(config.mesh, topology.tpu_devices("v5e:2x4"))
+    compiled = InferencePrograms(config, mesh).trace_decode(8, 1024).lower().compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 2 * 8 * 1024 * 128 * 2
+    around_the_steps = compiled.as_text().partition("\nENTRY ")[2]
+    assert re.search(r"bf16\[2,8,1024,128\]\S* parameter\(", around_the_steps)
+    assert not re.search(r"= bf16\[2,8,1024,128\]\S* copy\(", around_the_steps)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.5, 0.0])
+def test_no_matrix_is_rearranged_for_a_token(p):
+    """On one device with all shards, none goes into an instruction that transposes or copies."""
+    config = config_of(M=1, sync_factor=p, scan_layers=False)
+    compiled = generator_of(config).programs.trace_decode(4, 64).lower().compile().as_text()
+    assert re.search(r" fusion\(.*%weights_runs_1__mlp_inputs_", compiled)
+    assert not re.search(r"%\S*(?:copy|transpose)\S* = .*\(.*%weights_(?:runs|head)", compiled)
 
 
 def test_buckets():
