@@ -8,6 +8,7 @@ util-linux, and root or a kernel that gives users namespaces.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ from pathlib import Path
 from caat_jax.errors import InputError
 
 _INSIDE = "CAAT_JAX_NETWORK_INSIDE"
+# It dies with the one who starts it, and with it all processes inside.
 _UNSHARE = [
+    *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--user", "--map-root-user"),
     *("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
 ]
@@ -27,7 +30,13 @@ _LEAST_BURST_BYTES, _BURST_SECONDS = 128 * 1024, 0.004
 
 def unavailable() -> str | None:
     """Why there can be no hosts on this machine; None: there can."""
-    for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("unshare", "util-linux")):
+    programs = {
+        "ip": "iproute2",
+        "tc": "iproute2",
+        "unshare": "util-linux",
+        "setpriv": "util-linux",
+    }
+    for program, package in programs.items():
         if not shutil.which(program):
             return f"there is no {program}; on Debian and Ubuntu: apt-get install {package}"
     tried = subprocess.run(
@@ -48,7 +57,7 @@ def unavailable() -> str | None:
 
 
 def isolate(module: str) -> None:
-    """Starts `python -m module` again with the same arguments, inside; there it returns.
+    """Runs `python -m module` with the same arguments inside, and ends as it does; there returns.
 
     Raises:
       InputError: this machine or this user cannot.
@@ -58,7 +67,11 @@ def isolate(module: str) -> None:
     if reason := unavailable():
         raise InputError(reason)
     command = [*_UNSHARE, sys.executable, "-m", module, *sys.argv[1:]]
-    os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})
+    inside = subprocess.Popen(command, env={**os.environ, _INSIDE: "1"})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: inside.kill())
+    code = inside.wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 class Hosts:
