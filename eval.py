@@ -5,11 +5,10 @@ python eval.py --workdir=runs/tiny --tasks=hellaswag,piqa   # lm-evaluation-harn
 """
 
 import types
-from pathlib import Path
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, evaluation
+from caat_jax import checkpoint, command_line, evaluation, user_paths
 from caat_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
@@ -28,7 +27,7 @@ _BATCH_SIZE = flags.DEFINE_integer(
 
 def main() -> None:
     harness = _harness()
-    workdir = Path(_WORKDIR.value).expanduser()
+    workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     step, config = checkpoint.newest_config(workdir)
     report = evaluation.Report(workdir, step, config)
     command_line.simulate_devices(config.mesh)
@@ -66,7 +65,8 @@ def _harness() -> types.ModuleType | None:
 def _task_options(harness: types.ModuleType) -> object:
     return harness.TaskOptions(
         names=tuple(dict.fromkeys(_TASKS.value)),
-        include_path=_INCLUDE_PATH.value and Path(_INCLUDE_PATH.value).expanduser(),
+        include_path=_INCLUDE_PATH.value
+        and user_paths.expanded("--include_path", _INCLUDE_PATH.value),
         num_fewshot=_NUM_FEWSHOT.value,
         limit=_LIMIT.value,
         batch_size=_BATCH_SIZE.value,

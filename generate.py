@@ -9,11 +9,10 @@ done.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, decoding, text_generation
+from caat_jax import checkpoint, command_line, decoding, text_generation, user_paths
 from caat_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
@@ -38,7 +37,7 @@ def main() -> None:
         seed=_SEED.value,
     )
     decoding.check_settings(**settings)  # a checkpoint may take minutes to load
-    workdir = Path(_WORKDIR.value).expanduser()
+    workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     step, config = checkpoint.newest_config(workdir)
     command_line.simulate_devices(config.mesh)
     generator = text_generation.TextGenerator(workdir, step, config)
@@ -65,7 +64,9 @@ def _prompts() -> list[str]:
     if bool(_PROMPT.value) == bool(_PROMPT_FILE.value):
         raise InputError("give --prompt or --prompt_file, one of the two")
     if _PROMPT_FILE.value:
-        return text_generation.read_prompts(Path(_PROMPT_FILE.value).expanduser())
+        return text_generation.read_prompts(
+            user_paths.expanded("--prompt_file", _PROMPT_FILE.value)
+        )
     if "" in _PROMPT.value:
         raise InputError("--prompt is empty; give some text")
     return _PROMPT.value

@@ -3,11 +3,9 @@
 python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.section.field=VALUE ...]
 """
 
-from pathlib import Path
-
 from absl import flags
 
-from caat_jax import command_line, processes, train_loop
+from caat_jax import command_line, processes, train_loop, user_paths
 from caat_jax.config import Config
 
 _CONFIG = command_line.config_flag()
@@ -18,10 +16,11 @@ processes.define_flags()
 
 
 def main(config: Config) -> None:
+    workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     processes.start()
     command_line.simulate_devices(config.mesh)
     with processes.lost_ones_noticed():
-        steps, loss = train_loop.train(config, Path(_WORKDIR.value).expanduser())
+        steps, loss = train_loop.train(config, workdir)
     if processes.is_first():
         print(
             f"{steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"

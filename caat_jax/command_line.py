@@ -71,7 +71,7 @@ def _parse(argv: list[str], needs_config: bool) -> list[str]:
         if needs_config:
             _ = flags.FLAGS["config"].value.seed  # a file that is missing fails at its first use
     except flags.Error as error:
-        raise InputError(_first_line(error)) from None
+        raise InputError(str(error)) from None
     # The file is a program: anything may come out of it.
     except Exception as error:
         reason = f"{type(error).__name__}: {_last_line(error)}"
@@ -92,12 +92,9 @@ def _or_exit(function: Callable[[], object]) -> object:
 
 def _end(stop: Stop) -> None:
     kind = "" if isinstance(stop, Interrupted) else "error: "
-    print(f"{kind}{stop}", file=sys.stderr, flush=True)
+    # One line, also where a value that it names has several.
+    print(kind + " ".join(str(stop).splitlines()), file=sys.stderr, flush=True)
     sys.exit(stop.exit_code)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _last_line(error: Exception) -> str:

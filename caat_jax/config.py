@@ -18,6 +18,13 @@ from caat_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
+# Programs count in int32 and compute in float32: beyond these, numbers would be infinite, 0 or 1.
+LARGEST_INTEGER = 2**31 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38
+LARGEST_BELOW_ONE = 1 - 2**-24
+# More would take hours to check or to start.
+LARGEST_LAYERS = 10_000
+LARGEST_SIMULATED_DEVICES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +312,8 @@ def check_field_names(names: list[str], config: ConfigDict) -> None:
 
 
 def _architecture(model: dict[str, Any]) -> Architecture:
-    for field in ("layers", "embed_dim", "heads", "kv_heads", "mlp_dim", "tp_shards"):
+    _at_least("model.layers", model["layers"], 1, LARGEST_LAYERS)
+    for field in ("embed_dim", "heads", "kv_heads", "mlp_dim", "tp_shards"):
         _at_least(f"model.{field}", model[field], 1)
     shards = model["tp_shards"]
     for field in ("heads", "kv_heads", "mlp_dim", "vocab_size"):
@@ -331,9 +339,10 @@ def _architecture(model: dict[str, Any]) -> Architecture:
                 f" {_nearest_multiples(model['embed_dim'], model['heads'])}"
             )
         model["head_dim"] = model["embed_dim"] // model["heads"]
-    if model["head_dim"] < 2 or model["head_dim"] % 2:
+    if not 2 <= model["head_dim"] <= LARGEST_INTEGER or model["head_dim"] % 2:
         raise InputError(
-            f"model.head_dim={model['head_dim']}: rotary embedding needs an even number above 0"
+            f"model.head_dim={model['head_dim']}: rotary embedding needs an even number, of"
+            f" {LARGEST_INTEGER} at most"
         )
     for field in ("rope_base", "rope_scaling_low_turns", "norm_epsilon"):
         _above_zero(f"model.{field}", model[field])
@@ -345,11 +354,7 @@ def _architecture(model: dict[str, Any]) -> Architecture:
 
 
 def _check_rope_scaling(model: dict[str, Any]) -> None:
-    # `not >=` rather than `<`: it also refuses nan.
-    if not model["rope_scaling_factor"] >= 1:
-        raise InputError(
-            f"model.rope_scaling_factor={model['rope_scaling_factor']} must be at least 1"
-        )
+    _within("model.rope_scaling_factor", model["rope_scaling_factor"], 1)
     if not model["rope_scaling_high_turns"] > model["rope_scaling_low_turns"]:
         raise InputError(
             f"model.rope_scaling_high_turns={model['rope_scaling_high_turns']} must be above"
@@ -405,7 +410,7 @@ def _check_mesh(mesh: MeshConfig, tp_shards: int) -> None:
             f"mesh.model={mesh.model} does not divide model.tp_shards={tp_shards};"
             f" allowed: {', '.join(map(str, divisors))}"
         )
-    _at_least("mesh.simulated_devices", mesh.simulated_devices, 0)
+    _at_least("mesh.simulated_devices", mesh.simulated_devices, 0, LARGEST_SIMULATED_DEVICES)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -426,18 +431,22 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             f" [0, optimizer.peak_learning_rate={optimizer.peak_learning_rate}]"
         )
     _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    _at_least("optimizer.decay_steps", optimizer.decay_steps, 1)
     if optimizer.decay_steps <= optimizer.warmup_steps:
         raise InputError(
             f"optimizer.decay_steps={optimizer.decay_steps} (train.steps when -1) must be above"
             f" optimizer.warmup_steps={optimizer.warmup_steps}"
         )
     for field in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, field) < 1:
-            raise InputError(f"optimizer.{field}={getattr(optimizer, field)} is outside [0, 1)")
+        if not 0 <= getattr(optimizer, field) <= LARGEST_BELOW_ONE:
+            raise InputError(
+                f"optimizer.{field}={getattr(optimizer, field)} is outside [0, 1), where"
+                f" {LARGEST_BELOW_ONE} is the largest"
+            )
     _above_zero("optimizer.epsilon", optimizer.epsilon)
-    _above_zero("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm)
-    if not optimizer.weight_decay >= 0:
-        raise InputError(f"optimizer.weight_decay={optimizer.weight_decay} must be 0 or more")
+    if optimizer.gradient_clip_norm != math.inf:
+        _above_zero("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm)
+    _within("optimizer.weight_decay", optimizer.weight_decay, 0)
 
 
 def _check_train(train: TrainConfig) -> None:
@@ -451,20 +460,30 @@ def _check_train(train: TrainConfig) -> None:
         "checkpoints_to_keep",
     ):
         _at_least(f"train.{field}", getattr(train, field), 1)
-    if train.eval_sequences != -1:
-        _at_least("train.eval_sequences", train.eval_sequences, 1)
+    for field in ("eval_sequences", "profile_step"):
+        if getattr(train, field) != -1:
+            _at_least(f"train.{field}", getattr(train, field), 1)
     _at_least("train.skipped_updates_allowed", train.skipped_updates_allowed, 0)
 
 
-def _at_least(name: str, value: int, smallest: int) -> None:
+def _at_least(name: str, value: int, smallest: int, largest: int = LARGEST_INTEGER) -> None:
     if value < smallest:
         raise InputError(f"{name}={value} must be at least {smallest}")
+    if value > largest:
+        raise InputError(f"{name}={value} must be at most {largest}")
+
+
+def _within(name: str, value: float, smallest: float) -> None:
+    # `not <=` rather than `>`: it also refuses nan.
+    if not smallest <= value <= LARGEST_FLOAT:
+        raise InputError(f"{name}={value} must be at least {smallest}, at most {LARGEST_FLOAT}")
 
 
 def _above_zero(name: str, value: float) -> None:
-    # `not >` rather than `<=`: it also refuses nan.
-    if not value > 0:
-        raise InputError(f"{name}={value} must be above 0")
+    if not SMALLEST_FLOAT <= value <= LARGEST_FLOAT:
+        raise InputError(
+            f"{name}={value} must be above 0: from {SMALLEST_FLOAT} to {LARGEST_FLOAT}"
+        )
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import jax
 import tqdm
 
 from caat_jax import config as config_lib
-from caat_jax import processes, sharding
+from caat_jax import memory, processes, sharding
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.config import Config
 from caat_jax.data.loader import TrainBatches, train_batches
@@ -42,6 +42,7 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
+    memory.check_training(config, mesh)
     programs = Programs(config, mesh)
     with Checkpoints(workdir, to_keep=config.train.checkpoints_to_keep) as checkpoints:
         newest = checkpoints.resume_step()

@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
             beta2=0.95,
             epsilon=1e-8,
             weight_decay=0.1,  # of matrices only
-            gradient_clip_norm=1.0,
+            gradient_clip_norm=1.0,  # inf: no clipping
         )
     )
 

@@ -1,99 +1,35 @@
 """What the user gives and cannot work: one line on stderr, exit code 2, nothing written.
 
-Most commands run in a process forked from one that has imported everything and done nothing yet
-(`multiprocessing`'s fork server), which saves the seconds that the imports take; one of each kind
-runs as users run it.
+Most commands run in a forked process (`tests/command_line.py`); one of each kind runs as users run
+it.
 """
 
-import multiprocessing
-import os
 import re
-import runpy
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from caat_jax import command_line
-
-REPOSITORY = Path(command_line.__file__).parent.parent
-TINY = f"--config={REPOSITORY / 'configs/tiny.py'}"
-# A model that is cheap to run, on the one CPU that is there.
-SMALL = {
-    "model.layers": 1,
-    "model.embed_dim": 16,
-    "model.mlp_dim": 16,
-    "mesh.simulated_devices": 0,
-    "data.sequence_length": 16,
-    "data.holdout_every": 2,
-    "optimizer.warmup_steps": 0,
-    "train.steps": 1,
-    "train.global_batch": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def fork_server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caat_jax.command_line", "caat_jax.train_loop"])
-    return context
+from tests.command_line import (
+    SMALL,
+    TINY,
+    assert_refused,
+    flags_of,
+    run_as_users_do,
+    run_forked,
+    write_texts,
+)
 
 
 @pytest.fixture
-def run(fork_server, tmp_path):
+def run(tmp_path):
     """A function: script and arguments -> exit code, stdout, stderr."""
-
-    def run_forked(*command):
-        outputs = [tmp_path / "stdout", tmp_path / "stderr"]
-        process = fork_server.Process(target=run_script, args=(command, tmp_path, outputs))
-        process.start()
-        process.join()
-        return process.exitcode, *(path.read_text() for path in outputs)
-
-    return run_forked
-
-
-def run_script(command, home, outputs):
-    """In the forked process: nothing relative, or below ~, is written to the repository."""
-    os.chdir(home)
-    os.environ["HOME"] = str(home)
-    sys.argv = list(command)
-    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
-
-
-def run_as_users_do(*command):
-    done = subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def assert_refused(result, *said):
-    """Exit code 2 and one line on stderr, with every part of `said` in it."""
-    code, stdout, stderr = result
-    assert (code, stdout) == (2, ""), stderr
-    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), (
-        stderr
-    )
-    assert [part for part in said if part not in stderr] == [], stderr
-
-
-def flags_of(fields):
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    return lambda *command: run_forked(command, tmp_path)
 
 
 @pytest.fixture
 def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(f"text number {number} is this one")
-    return folder
+    return write_texts(tmp_path / "texts")
 
 
 @pytest.fixture
@@ -123,6 +59,7 @@ def small(texts, tmp_path):
         ([TINY, "--config.seed.x=2"], ["config.seed.x ", "config.seed"]),
         ([TINY, "--config.model.layers=many"], ["config.model.layers", "many"]),
         ([TINY, "--config.model.layers=2.5"], ["config.model.layers", "2.5"]),
+        ([TINY, "--config.model.layers=2\n3"], ["config.model.layers=2 3: invalid literal"]),
         ([TINY, "--config.model.sync_factor=half"], ["config.model.sync_factor", "half"]),
         ([TINY, "--config.model.tied_head=maybe"], ["config.model.tied_head", "maybe"]),
         ([TINY, "--config.model.sync_factor_per_layer=(1,"], ["sync_factor_per_layer", "(1,"]),
@@ -140,6 +77,23 @@ def small(texts, tmp_path):
         (
             [TINY, "--config.data.tokenizer=none.model"],
             ["data.tokenizer=none.model", "No such file"],
+        ),
+        ([TINY, "--config.data.tokenizer=one\ntwo"], ["data.tokenizer=one two must be"]),
+        *(
+            (
+                [TINY, f"--config.data.{field}=~nobody_here/x"],
+                [f"data.{field}=~nobody_here/x", "~nobody_here is"],
+            )
+            for field in ("tokenizer", "cache_dir")
+        ),
+        ([TINY, "--config.data.files=/dev/zero"], ["/dev/zero is no regular file"]),
+        (
+            [TINY, "--config.model.mlp_dim=1000000000"],
+            ["on each of 8 devices", "parameters", "train.global_batch=16"],
+        ),
+        (
+            [TINY, "--config.train.global_batch=1000000000"],
+            ["train.global_batch=1000000000", "data.sequence_length=256"],
         ),
         (
             [TINY, "--config.model.vocab_size=256"],
@@ -252,6 +206,13 @@ def test_workdir_that_is_a_file(run, small, tmp_path, place):
     (tmp_path / "run").write_text("a file")
     assert_refused(run(*small, f"--workdir={tmp_path / place}"), "--workdir", str(tmp_path / "run"))
     assert (tmp_path / "run").read_text() == "a file"
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "generate.py"])
+def test_workdir_of_nobody(run, small, script):
+    arguments = {"train.py": small[1:], "eval.py": [], "generate.py": ["--prompt=a"]}[script]
+    result = run(script, *arguments, "--workdir=~nobody_here/run")
+    assert_refused(result, "--workdir=~nobody_here/run: ~nobody_here is nobody's home folder")
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 
 import matplotlib.image
 import numpy as np
@@ -17,7 +16,7 @@ from caat_jax.metrics import model_flops_per_token
 from caat_jax.operations import MatrixProduct, Operations
 from caat_jax.step_time_model import Workload, predict
 from tests import models
-from tests.test_command_line import TINY, assert_refused, run_as_users_do, run_script
+from tests.command_line import TINY, assert_refused, run_as_users_do, run_forked
 
 # 100 FLOP/s, 10 bytes/s of memory; 4 devices a host.
 CHIP = Chip(
@@ -190,26 +189,10 @@ def test_picture(predictions, tmp_path):
 # ---- The command line -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fork_server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caat_jax.command_line", "caat_jax.step_time_report"])
-    return context
-
-
 @pytest.fixture
-def run(fork_server, tmp_path):
-    """A function: arguments -> exit code, stdout, stderr, in a fork that has imported much."""
-
-    def run_forked(*arguments):
-        outputs = [tmp_path / "stdout", tmp_path / "stderr"]
-        command = ("caat_jax/step_time.py", *arguments)
-        process = fork_server.Process(target=run_script, args=(command, tmp_path, outputs))
-        process.start()
-        process.join()
-        return process.exitcode, *(path.read_text() for path in outputs)
-
-    return run_forked
+def run(tmp_path):
+    """A function: arguments -> exit code, stdout, stderr."""
+    return lambda *arguments: run_forked(("caat_jax/step_time.py", *arguments), tmp_path)
 
 
 SMALL = (TINY, "--config.model.vocab_size=64", "--config.compute.dtype=bfloat16", "--devices=8")

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from caat_jax import user_paths
 from caat_jax.config import DataConfig
 from caat_jax.data import cache_folder
 from caat_jax.errors import InputError
@@ -186,7 +187,7 @@ class Corpus:
             raise InputError(
                 f"{info.full_name} has no split {split!r}; it has {', '.join(info.splits)}"
             ) from error
-        if not examples:
+        if examples < 1:  # fewer than none in one such as train[9:2]
             raise InputError(f"split {split!r} of {info.full_name} has no document")
         source = self._builder.as_data_source(split, file_format="array_record")
         return Documents(source, f"{info.full_name}, split {split!r}", self._data)
@@ -213,7 +214,9 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 def _prepared_by_user(data: DataConfig) -> tfds.core.DatasetBuilder:
-    folder = Path(data.tfds_data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    folder = user_paths.expanded(
+        "data.tfds_data_dir", data.tfds_data_dir or tfds.core.constants.DATA_DIR
+    )
     remedy = (
         f'prepare it with tfds.builder("{data.tfds_name}", file_format="array_record",'
         f' data_dir="{folder}").download_and_prepare()'
@@ -246,11 +249,14 @@ def _prepared_from_files(data: DataConfig) -> tfds.core.DatasetBuilder:
         identities = [(str(path), path.stat()) for path in paths]
     except OSError as error:
         raise _unreadable(error) from error
+    for path in paths:
+        if not path.is_file():  # a device or a pipe may have no end
+            raise InputError(f"{path} is no regular file; leave it out of data.files")
     key = cache_folder.key_of(
         data.encoding_errors,
         [[path, stat.st_size, stat.st_mtime_ns] for path, stat in identities],
     )
-    folder = Path(data.cache_dir).expanduser() / "corpora" / key
+    folder = user_paths.expanded("data.cache_dir", data.cache_dir) / "corpora" / key
     builder = TextFiles(data_dir=folder)
     if builder.data_path.exists():
         return builder

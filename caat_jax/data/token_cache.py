@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from caat_jax import user_paths
 from caat_jax.config import DataConfig
 from caat_jax.data import cache_folder, corpora
 from caat_jax.data.tokenizers import Tokenizer
@@ -82,7 +83,7 @@ def open_cache(data: DataConfig, tokenizer: Tokenizer) -> TokenCache:
     corpus = corpora.open_corpus(data)
     # T is no part of the key: the files hold no sequences yet.
     fingerprint = cache_folder.key_of(_FORMAT, corpus.fingerprint, tokenizer.fingerprint)
-    folder = Path(data.cache_dir).expanduser() / "tokens" / fingerprint
+    folder = user_paths.expanded("data.cache_dir", data.cache_dir) / "tokens" / fingerprint
     if not _finished(folder):
         with cache_folder.locked(folder):
             if not _finished(folder):

@@ -3,12 +3,12 @@
 import abc
 import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
+from caat_jax import user_paths
 from caat_jax.errors import InputError
 
 # (BOS, EOS) as tokenizer.json files name them; they do not say which token has which role.
@@ -127,7 +127,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return _Bytes()
     kinds = {".model": _SentencePiece, ".json": _HuggingFace}
-    path = Path(name).expanduser()
+    path = user_paths.expanded("data.tokenizer", name)
     if path.suffix not in kinds:
         raise InputError(
             f'data.tokenizer={name} must be "bytes", a SentencePiece *.model or a tokenizer.json'

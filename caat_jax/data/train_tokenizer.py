@@ -6,13 +6,12 @@
 
 import os
 import sys
-from pathlib import Path
 
 import tokenizers
 from absl import flags
 
 import caat_jax.config
-from caat_jax import command_line
+from caat_jax import command_line, user_paths
 from caat_jax.data import corpora
 from caat_jax.errors import InputError
 
@@ -35,7 +34,7 @@ def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int
     Raises:
       InputError: before any work, when the arguments or the corpus cannot serve.
     """
-    path = Path(output).expanduser()
+    path = user_paths.expanded("--output", output)
     if vocab_size < _SMALLEST:
         raise InputError(f"vocab_size={vocab_size} must be at least {_SMALLEST}: bytes, BOS, EOS")
     if path.suffix != ".json":

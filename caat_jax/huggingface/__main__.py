@@ -10,12 +10,11 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import jax
 
-from caat_jax import command_line
+from caat_jax import command_line, user_paths
 from caat_jax import config as config_lib
 from caat_jax.config import Config
 from caat_jax.errors import InputError
@@ -48,19 +47,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m caat_jax.huggingface", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     importer = commands.add_parser("import", allow_abbrev=False)
-    importer.add_argument("source", type=Path, help="a folder: config.json, *.safetensors")
-    importer.add_argument("workdir", type=Path, help="a folder that is new or empty")
+    importer.add_argument("source", help="a folder: config.json, *.safetensors")
+    importer.add_argument("workdir", help="a folder that is new or empty")
     importer.add_argument("--tp_shards", type=int, default=8, help="S (default: 8)")
     importer.add_argument("--sync_factor", type=float, default=1.0, help="p (default: 1)")
     exporter = commands.add_parser("export", allow_abbrev=False)
-    exporter.add_argument("workdir", type=Path, help="the --workdir of a run")
-    exporter.add_argument("destination", type=Path, help="a folder that is new or empty")
+    exporter.add_argument("workdir", help="the --workdir of a run")
+    exporter.add_argument("destination", help="a folder that is new or empty")
     exporter.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     return parser.parse_args(arguments)
 
 
 def _import(given: argparse.Namespace) -> None:
-    source, workdir = given.source.expanduser(), given.workdir.expanduser()
+    source = user_paths.expanded("source", given.source)
+    workdir = user_paths.expanded("workdir", given.workdir)
     imported = importing.import_llama(
         source, workdir, tp_shards=given.tp_shards, sync_factor=given.sync_factor
     )
@@ -97,7 +97,8 @@ def _flags(config: Config) -> list[str]:
 
 
 def _export(given: argparse.Namespace) -> None:
-    workdir, destination = given.workdir.expanduser(), given.destination.expanduser()
+    workdir = user_paths.expanded("workdir", given.workdir)
+    destination = user_paths.expanded("destination", given.destination)
     jax.config.update("jax_platforms", "cpu")  # copying needs no accelerator, nor takes one
     exported = exporting.export(workdir, destination, dtype=given.dtype)
     arch = exported.config.model

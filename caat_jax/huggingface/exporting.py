@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from caat_jax import checkpoint, sharding
+from caat_jax import checkpoint, sharding, user_paths
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.config import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
@@ -109,7 +109,7 @@ def _write_configuration(folder: Path, carried: Path, config: Config, dtype: str
 def _copy_tokenizer(folder: Path, name: str) -> None:
     if name == "bytes":  # has no file
         return
-    path = Path(name).expanduser()
+    path = user_paths.expanded("data.tokenizer", name)
     shutil.copyfile(path, folder / f"tokenizer{path.suffix}")
     # Without it `transformers` takes the rules of Llama's own tokeniser for those of any other.
     kind = {".json": "PreTrainedTokenizerFast", ".model": "LlamaTokenizer"}[path.suffix]

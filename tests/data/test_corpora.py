@@ -193,6 +193,7 @@ def test_tfds_dataset_by_name(poems):
         ({"eval_split": "validation"}, "has no split 'validation'; it has"),
         ({"eval_split": "train"}, "data.eval_split=train is data.train_split too"),
         ({"train_split": "train[:0]"}, "split 'train[:0]' of poems/2.0.0 has no document"),
+        ({"train_split": "train[9:2]"}, "split 'train[9:2]' of poems/2.0.0 has no document"),
     ],
     ids=str,
 )

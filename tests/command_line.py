@@ -1,0 +1,90 @@
+"""Commands as users run them, most of them without the seconds that their imports take.
+
+A command runs in a process forked from one that has imported everything and done nothing yet
+(`multiprocessing`'s fork server).
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from caat_jax import command_line
+
+REPOSITORY = Path(command_line.__file__).parent.parent
+TINY = f"--config={REPOSITORY / 'configs/tiny.py'}"
+# A model that is cheap to run, on the one CPU that is there.
+SMALL = {
+    "model.layers": 1,
+    "model.embed_dim": 16,
+    "model.mlp_dim": 16,
+    "mesh.simulated_devices": 0,
+    "data.sequence_length": 16,
+    "data.holdout_every": 2,
+    "optimizer.warmup_steps": 0,
+    "train.steps": 1,
+    "train.global_batch": 2,
+}
+# No command of the tests takes nearly as long, on a busy machine either.
+LONGEST_SECONDS = 300
+
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(
+    ["caat_jax.command_line", "caat_jax.train_loop", "caat_jax.step_time_report"]
+)
+
+
+def run_forked(command, folder):
+    """Exit code, stdout and stderr of a script and its arguments, run in `folder`, its ~ too."""
+    outputs = [folder / "stdout", folder / "stderr"]
+    process = _FORK_SERVER.Process(target=_run_script, args=(command, folder, outputs))
+    process.start()
+    process.join(LONGEST_SECONDS)
+    hangs = process.is_alive()
+    if hangs:
+        process.kill()
+        process.join()
+    stdout, stderr = (path.read_text() for path in outputs)
+    assert not hangs, f"{command} has not ended after {LONGEST_SECONDS} s: {stderr}"
+    return process.exitcode, stdout, stderr
+
+
+def _run_script(command, folder, outputs):
+    """In the forked process: nothing relative, or below ~, is written to the repository."""
+    os.chdir(folder)
+    os.environ["HOME"] = str(folder)
+    sys.argv = list(command)
+    for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
+
+
+def run_as_users_do(*command):
+    done = subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def assert_refused(result, *said):
+    """Exit code 2 and one line on stderr, with every part of `said` in it."""
+    code, stdout, stderr = result
+    assert (code, stdout) == (2, ""), stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and stderr.endswith("\n"), (
+        stderr
+    )
+    assert [part for part in said if part not in stderr] == [], stderr
+
+
+def flags_of(fields):
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def write_texts(folder):
+    """A small corpus, of which some documents are held out where `data.holdout_every` is 2."""
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"text number {number} is this one")
+    return folder
