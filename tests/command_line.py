@@ -36,11 +36,23 @@ _FORK_SERVER.set_forkserver_preload(
 )
 
 
+def start_forked(command, folder, outputs, environment=None):
+    """The process of a script and its arguments, run in `folder`, its ~ too.
+
+    `outputs` are the files for its stdout and stderr, `environment` variables to set.
+    """
+    arguments = (command, folder, outputs, environment or {})
+    process = _FORK_SERVER.Process(target=_run_script, args=arguments)
+    process.start()
+    return process
+
+
 def run_forked(command, folder):
     """Exit code, stdout and stderr of a script and its arguments, run in `folder`, its ~ too."""
     outputs = [folder / "stdout", folder / "stderr"]
-    process = _FORK_SERVER.Process(target=_run_script, args=(command, folder, outputs))
-    process.start()
+    for path in outputs:
+        path.write_text("")
+    process = start_forked(command, folder, outputs)
     process.join(LONGEST_SECONDS)
     hangs = process.is_alive()
     if hangs:
@@ -51,13 +63,13 @@ def run_forked(command, folder):
     return process.exitcode, stdout, stderr
 
 
-def _run_script(command, folder, outputs):
+def _run_script(command, folder, outputs, environment):
     """In the forked process: nothing relative, or below ~, is written to the repository."""
     os.chdir(folder)
-    os.environ["HOME"] = str(folder)
+    os.environ.update({"HOME": str(folder), **environment})
     sys.argv = list(command)
     for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
 
 

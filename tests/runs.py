@@ -1,14 +1,11 @@
 """Short runs of a very small model: its configuration and corpus, train.py started, metrics read.
 
-`Run` is train.py in a process of its own, forked from one that has imported everything and done
-nothing yet, which saves the seconds that the imports take.
+`Run` is train.py in a process of its own, which tests signal while it runs.
 """
 
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import socket
 import sys
@@ -18,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from caat_jax import command_line
+from tests.command_line import TINY, flags_of, start_forked
 
-REPOSITORY = Path(command_line.__file__).parent.parent
 PYTHON = shlex.quote(sys.executable)
 WORDS = "the shard sums shared channels and keeps private ones while layers add their part".split()
 STEPS, CHECKPOINT_EVERY, BATCH, LENGTH, HOLDOUT = 20, 5, 8, 32, 3
@@ -45,8 +41,6 @@ SMALL = {
 
 # Its processes write these at once, so that lines mix.
 _GLOO = re.compile(r"\[Gloo\]|peer ranks")
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["caat_jax.command_line", "caat_jax.train_loop"])
 
 
 def write_texts(folder: Path, texts: list[str]) -> None:
@@ -77,18 +71,16 @@ class Run:
         fields = SMALL | {"mesh.simulated_devices": devices} | fields
         command = [
             "train.py",
-            f"--config={REPOSITORY / 'configs/tiny.py'}",
+            TINY,
             f"--workdir={workdir}",
-            *[f"--config.{name}={value}" for name, value in fields.items()],
+            *flags_of(fields),
             *flags,
         ]
         self.workdir = workdir
         workdir.parent.mkdir(exist_ok=True)
         self._output = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.log")
-        self._process = _SERVER.Process(
-            target=_run_script, args=(command, self._output, environment)
-        )
-        self._process.start()
+        outputs = [self._output] * 2
+        self._process = start_forked(command, workdir.parent, outputs, environment)
 
     @property
     def output(self) -> str:
@@ -130,16 +122,6 @@ def start_processes(number: int, workdir: Path, fields: dict, devices: int = 2) 
         Run(workdir, fields, *flags, f"--process_id={process}", devices=devices)
         for process in range(number)
     ]
-
-
-def _run_script(command: list[str], output: Path, environment: dict[str, str] | None) -> None:
-    """In the forked process."""
-    os.environ.update(environment or {})
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(file, stream.fileno())
-    sys.argv = command
-    runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
 
 
 def lines_of(workdir: Path) -> list[dict]:

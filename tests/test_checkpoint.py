@@ -18,6 +18,7 @@ from caat_jax.errors import InputError
 from caat_jax.train_step import Programs
 from configs import base
 from tests import runs
+from tests.command_line import REPOSITORY
 
 STEPS = (5, 10)
 VOCAB_SIZE = 264
@@ -205,7 +206,7 @@ def train_on(disk, kilobytes, fields, then=""):
     script = f"{MOUNT.format(disk, kilobytes)} {{ {then.format(disk)} {train}; code=$?; }}"
     script += f"; ls {disk}/run/checkpoints; exit $code"
     command = ["unshare", "-rm", "sh", "-c", script]
-    done = subprocess.run(command, cwd=runs.REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr, done.stdout.split()
 
 

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,8 +20,8 @@ from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.errors import InputError
 from caat_jax.evaluation import Report, Validation
 from tests import models, reference
+from tests.command_line import REPOSITORY
 
-REPOSITORY = Path(evaluation.__file__).parent.parent
 TEXTS = [f"příliš žluťoučký kůň číslo {n}, and {'a shard ' * (n % 5)}" for n in range(24)]
 
 

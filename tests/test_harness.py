@@ -15,19 +15,20 @@ import jax
 import numpy as np
 import pytest
 
-from caat_jax import checkpoint, command_line
+from caat_jax import checkpoint
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.errors import InputError
 from caat_jax.scoring import Scorer
 from tests import models, reference
+from tests.command_line import REPOSITORY
 
 pytest.importorskip("lm_eval")
 # Before the libraries that read them are imported: nothing here may ask a network.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 harness = importlib.import_module("caat_jax.harness")
 
-REPOSITORY = Path(command_line.__file__).parent.parent
+
 TOKENIZER = load_tokenizer("bytes")
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
 TEXTS = [f"the shards of number {n} sum what they share. " * (1 + n % 3) for n in range(24)]

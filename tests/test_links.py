@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import network
-from tests.runs import REPOSITORY
+from tests.command_line import REPOSITORY
 
 LAYERS, WIDTH, BATCH, LENGTH, HOSTS = 2, 64, 2, 32, 2
 SMALL = [

@@ -10,7 +10,8 @@ import yaml
 
 from caat_jax.errors import Diverged, InputError
 from tests import runs
-from tests.runs import REPOSITORY, STEPS, Run, start_processes
+from tests.command_line import REPOSITORY
+from tests.runs import STEPS, Run, start_processes
 
 COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
 ENDLESS = {"train.steps": 10_000, "optimizer.decay_steps": 10_000}

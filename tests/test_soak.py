@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from caat_jax.metrics import read_metrics
-from tests.runs import REPOSITORY
+from tests.command_line import REPOSITORY
 from tests.soak import soak
 
 

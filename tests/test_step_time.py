@@ -116,7 +116,7 @@ def test_workload_of_a_configuration():
     work = step_time_model.workload(config)
     split = 32 * (64 + 64) + 2 * 32 * ((16 + 8 + 8 + 16) * 4 + 3 * 48)  # over fsdp and model
     assert work.parameters == split // 4 + (2 * 2 + 1) * 32
-    assert work.state_bytes == 3 * 4 * work.parameters + 3 * 4  # and three counters
+    assert work.state_bytes == 3 * 4 * work.parameters + 5 * 4  # and five counters
     assert (work.devices, work.tokens, work.shared) == (8, 64, 0.5)
 
 

@@ -23,12 +23,12 @@ from caat_jax.metrics import MetricsWriter
 from caat_jax.train_step import Programs
 from configs import base
 from tests import reference
+from tests.command_line import REPOSITORY
 from tests.runs import (
     BATCH,
     CHECKPOINT_EVERY,
     HOLDOUT,
     LENGTH,
-    REPOSITORY,
     SMALL,
     STEPS,
     WORDS,
