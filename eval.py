@@ -8,7 +8,7 @@ import types
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, evaluation, user_paths
+from caat_jax import checkpoint, command_line, evaluation, processes, user_paths
 from caat_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
@@ -23,23 +23,28 @@ _LIMIT = flags.DEFINE_integer("limit", None, "Only so many examples of each task
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Sequences at a time; default: as in training.", 1
 )
+processes.define_flags()
 
 
 def main() -> None:
     harness = _harness()
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
+    processes.start()
     step, config = checkpoint.newest_config(workdir)
     report = evaluation.Report(workdir, step, config)
     command_line.simulate_devices(config.mesh)
     if harness:
         tasks, table = harness.evaluate_tasks(workdir, step, config, _task_options(harness))
-        report.add_tasks(tasks)
+        if processes.is_first():
+            report.add_tasks(tasks)
     else:
         validation = evaluation.evaluate_checkpoint(workdir, step, config)
         table = validation.table()
-        report.add_validation(validation)
+        if processes.is_first():
+            report.add_validation(validation)
     model = config.model
-    print(f"step {step}, S={model.tp_shards}, p={model.describe_sync_factors()}\n{table}")
+    with processes.silent_unless_first():
+        print(f"step {step}, S={model.tp_shards}, p={model.describe_sync_factors()}\n{table}")
 
 
 def _harness() -> types.ModuleType | None:

@@ -9,10 +9,11 @@ done.
 """
 
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, decoding, text_generation, user_paths
+from caat_jax import checkpoint, command_line, decoding, processes, text_generation, user_paths
 from caat_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
@@ -25,6 +26,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the likeliest t
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Only so many of the likeliest tokens; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Only the likeliest tokens of this probability together.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same one draws the same tokens.")
+processes.define_flags()
 
 
 def main() -> None:
@@ -38,12 +40,18 @@ def main() -> None:
     )
     decoding.check_settings(**settings)  # a checkpoint may take minutes to load
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
+    processes.start()
     step, config = checkpoint.newest_config(workdir)
     command_line.simulate_devices(config.mesh)
     generator = text_generation.TextGenerator(workdir, step, config)
     pieces = generator.stream(prompts, **settings)
     # Whatever the terminal is set to: a character that it cannot show must not end the program.
     sys.stdout.reconfigure(encoding="utf-8")
+    with processes.silent_unless_first():
+        _print_texts(prompts, pieces)
+
+
+def _print_texts(prompts: list[str], pieces: Iterator[tuple[int, str, bool]]) -> None:
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for _, piece, _ in pieces:

@@ -80,6 +80,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def silent_unless_first() -> Iterator[None]:
+    """What is printed inside comes out of the first process only."""
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(nowhere):
+            yield
+
+
 def from_first(number: int | None) -> int | None:
     """The first process's number, 0 or more, or None, on all processes."""
     if jax.process_count() == 1:

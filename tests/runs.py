@@ -89,7 +89,7 @@ class Run:
 
     def said(self) -> list[str]:
         """The lines of the output that are this project's, not those of the CPU's transport."""
-        return [line for line in self.output.splitlines() if not _GLOO.search(line)]
+        return said(self._output)
 
     def signal(self, number: int) -> None:
         """Sends a signal, unless the process has ended."""
@@ -114,14 +114,21 @@ class Run:
 
 def start_processes(number: int, workdir: Path, fields: dict, devices: int = 2) -> list[Run]:
     """One run of so many processes on this machine, with `devices` each."""
+    return [Run(workdir, fields, *flags, devices=devices) for flags in processes_flags(number)]
+
+
+def processes_flags(number: int) -> list[list[str]]:
+    """Of each process of a run of so many on this machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = [f"--coordinator_address={address}", f"--num_processes={number}"]
-    return [
-        Run(workdir, fields, *flags, f"--process_id={process}", devices=devices)
-        for process in range(number)
-    ]
+    return [[*flags, f"--process_id={process}"] for process in range(number)]
+
+
+def said(output: Path) -> list[str]:
+    """The lines that are this project's, not those of the transport between CPU processes."""
+    return [line for line in output.read_text().splitlines() if not _GLOO.search(line)]
 
 
 def lines_of(workdir: Path) -> list[dict]:

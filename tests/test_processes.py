@@ -10,8 +10,8 @@ import yaml
 
 from caat_jax.errors import Diverged, InputError
 from tests import runs
-from tests.command_line import REPOSITORY
-from tests.runs import STEPS, Run, start_processes
+from tests.command_line import REPOSITORY, start_forked
+from tests.runs import STEPS, Run, processes_flags, start_processes
 
 COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
 ENDLESS = {"train.steps": 10_000, "optimizer.decay_steps": 10_000}
@@ -130,6 +130,38 @@ def test_bad_flags(corpus, tmp_path, flags, said):
     (line,) = run.said()
     assert line.startswith("error: ") and said in line.replace("flag ", "")
     assert not (tmp_path / "run").exists()
+
+
+def test_generation_and_evaluation_are_those_of_one_process(corpus, tmp_path):
+    """Of a model whose layers then lie on both."""
+    workdir = tmp_path / "run"
+    run = Run(workdir, corpus, devices=4)
+    assert run.wait() == 0, run.output
+    prompts = ("--prompt=the shard", "--prompt=keeps", "--max_new_tokens=20")
+    commands = {"generate.py": prompts, "eval.py": ()}
+    for script, flags in commands.items():
+        said = []
+        for number in (1, 2):
+            flags_of_each = processes_flags(number)
+            outputs = [
+                [tmp_path / f"{script}.{number}.{process}.{stream}" for stream in ("out", "err")]
+                for process in range(number)
+            ]
+            started = [
+                start_forked([script, f"--workdir={workdir}", *flags, *each], tmp_path, files)
+                for each, files in zip(flags_of_each, outputs, strict=True)
+            ]
+            for process in started:
+                process.join(240)
+            assert [process.exitcode for process in started] == [0] * number
+            lines = [runs.said(files[0]) for files in outputs]
+            assert lines[1:] == [[]] * (number - 1)
+            said.append(lines[0])
+        if script == "generate.py":
+            assert said[0] == said[1] and len("".join(said[0])) > 60
+        else:
+            losses = [float(re.search(r"loss +(\S+)", "".join(lines))[1]) for lines in said]
+            assert losses[0] == pytest.approx(losses[1], abs=2e-6)
 
 
 def slurm(process, job):
