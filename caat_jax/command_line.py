@@ -33,7 +33,7 @@ def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> No
         _or_exit(lambda: main(config_lib.resolve(config.value)) if config is not None else main())
 
     quieten_logs()
-    sys.excepthook = _print_exception
+    sys.unraisablehook = _print_unraisable
     app.run(call, flags_parser=parse)
 
 
@@ -43,11 +43,11 @@ def quieten_logs() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
 
 
-def _print_exception(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """`sys.excepthook` for all but one error: TensorStore prints it once for every array of a
+def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """`sys.unraisablehook` for all but one error: TensorStore has it for every array of a
     checkpoint whose first failed write, raised elsewhere, has ended the loop that awaits them."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def simulate_devices(mesh: config_lib.MeshConfig) -> None:

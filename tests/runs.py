@@ -128,7 +128,8 @@ def processes_flags(number: int) -> list[list[str]]:
 
 def said(output: Path) -> list[str]:
     """The lines that are this project's, not those of the transport between CPU processes."""
-    return [line for line in output.read_text().splitlines() if not _GLOO.search(line)]
+    lines = output.read_text().splitlines()
+    return [line for line in lines if line and not _GLOO.search(line)]
 
 
 def lines_of(workdir: Path) -> list[dict]:
