@@ -29,7 +29,6 @@ from caat_jax.train_step import Programs, TrainState
 FOLDER = "checkpoints"
 SET_ASIDE_FOLDER = "checkpoints_set_aside"
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # after the step, in a folder's name
-_JSON_RESTORE = ocp.args.JsonRestore()
 
 
 def newest_config(workdir: Path) -> tuple[int, Config]:
@@ -166,7 +165,7 @@ class Checkpoints:
             self._manager().save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.PyTreeSave(state),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(config_lib.to_json(config)),
                 ),
@@ -213,27 +212,15 @@ class Checkpoints:
 
     def restore_some_parameters(self, step: int, shapes: Any) -> Any:
         """The parameters in `shapes`, a part of the nested dictionary of all, laid out as there."""
-        wanted = {"parameters": shapes}
-        restored = self._manager().restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                )
-            ),
-        )
+        args = _restore_state({"parameters": shapes}, partial_restore=True)
+        restored = self._manager().restore(step, args=ocp.args.Composite(state=args))
         return restored["state"]["parameters"]
 
     def restore(self, step: int, programs: Programs) -> tuple[TrainState, dict[str, Any]]:
         """The state, laid out for these programs' mesh, and the state of the batches."""
-        restored = self._manager().restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(programs.state_shapes), data=_JSON_RESTORE
-            ),
-        )
+        state = _restore_state(programs.state_shapes)
+        args = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
+        restored = self._manager().restore(step, args=args)
         return restored["state"], restored["data"]
 
     def _manager(self) -> ocp.CheckpointManager:
@@ -242,7 +229,16 @@ class Checkpoints:
                 max_to_keep=self._to_keep,
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._digest),
             )
-            self._opened = ocp.CheckpointManager(self.folder, options=options)
+            handlers = {
+                # Weights and moments shrink by a fifth, and compressing them takes processors that
+                # a step on CPUs would use.
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "data": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            }
+            self._opened = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
         return self._opened
 
     def _digest(self) -> None:
@@ -251,6 +247,12 @@ class Checkpoints:
         final = self.folder / str(self._saving)
         unfinished = self.folder.glob(f"{final.name}{_UNFINISHED}*")
         checkpoint_digests.write(next(unfinished, final))
+
+
+def _restore_state(shapes: Any, **options: Any) -> ocp.args.PyTreeRestore:
+    """Of a tree of shapes, types and layouts."""
+    layouts = ocp.checkpoint_utils.construct_restore_args(shapes)
+    return ocp.args.PyTreeRestore(shapes, restore_args=layouts, **options)
 
 
 def _free_name(folder: Path, name: str) -> Path:
