@@ -199,8 +199,12 @@ class Checkpoints:
             yield
         # What Orbax and TensorStore raise has no type in common.
         except Exception as error:
-            number = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore has it
-            reason = os.strerror(int(number[1])) if number else " ".join(str(error).split())
+            # As Python's own errors have it, and TensorStore's.
+            number = re.search(r"\[Errno (\d+)\]|os_error_code='(\d+)'", str(error))
+            if number:
+                reason = os.strerror(int(number[1] or number[2]))
+            else:
+                reason = " ".join(str(error).split())
             raise InputError(
                 f"{self.folder / str(self._saving)} could not be written ({reason}); the"
                 " checkpoints before it are whole"
