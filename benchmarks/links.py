@@ -76,13 +76,16 @@ def main() -> None:
             print(f"starting {name}", file=sys.stderr)
             port = FIRST_PORT + len(systems)
             systems.append(System(name, hosts, python, kind, variant, port, sizes))
-        times = _measure(systems, hosts, rates)
+        times: Times = {}
+        for rate, megabits in rates.items():
+            hosts.set_rate(megabits)
+            _measure(times, rate, systems)
+            rows = _rows(times, systems, rates)
+            _print([row for row in rows if row["rate"] == rate])
+            _write(rows, systems, sizes)  # what there is: a run may be cut off
     finally:
         for system in systems:
             system.close()
-    rows = _rows(times, systems, rates)
-    _print(rows)
-    _write(rows, systems, sizes)
 
 
 def _sizes() -> Sizes:
@@ -192,27 +195,24 @@ class System:
 Times = dict[tuple[str, str, str], list[float]]  # (rate, system, part) -> milliseconds
 
 
-def _measure(systems: list[System], hosts: network.Hosts, rates: dict[str, float | None]) -> Times:
+def _measure(times: Times, rate: str, systems: list[System]) -> None:
+    """Adds those at the rate that the links have now."""
     asked = []
     for system in systems:
         for workload in system.workloads:
             trains = workload == "train"
             if ("train" in WORKLOAD.value) if trains else (set(WORKLOAD.value) - {"train"}):
                 asked.append((system, workload))
-    times: Times = {}
-    order = random.Random(0)
-    with tqdm.tqdm(total=len(rates) * (ROUNDS.value + 1) * len(asked), disable=None) as bar:
-        for rate, megabits in rates.items():
-            hosts.set_rate(megabits)
-            for number in range(ROUNDS.value + 1):
-                for system, workload in order.sample(asked, len(asked)):
-                    bar.set_description(f"{rate}, {system.name}, {workload}")
-                    for part, milliseconds in system.run(workload).items():
-                        # The first round fills the shapers' buckets and TCP's windows.
-                        if number and part.split()[0] in WORKLOAD.value:
-                            times.setdefault((rate, system.name, part), []).append(milliseconds)
-                    bar.update()
-    return times
+    order = random.Random(rate)
+    with tqdm.tqdm(total=(ROUNDS.value + 1) * len(asked), disable=None, leave=False) as bar:
+        for number in range(ROUNDS.value + 1):
+            for system, workload in order.sample(asked, len(asked)):
+                bar.set_description(f"{rate}, {system.name}, {workload}")
+                for part, milliseconds in system.run(workload).items():
+                    # The first round fills the shapers' buckets and TCP's windows.
+                    if number and part.split()[0] in WORKLOAD.value:
+                        times.setdefault((rate, system.name, part), []).append(milliseconds)
+                bar.update()
 
 
 def _rows(
@@ -289,7 +289,7 @@ def _write(rows: list[dict[str, Any]], systems: list[System], sizes: Sizes) -> N
         writer.writeheader()
         writer.writerows(rows)
     _plot(rows, with_suffix[".png"])
-    print(f"\nwritten: {', '.join(map(str, with_suffix.values()))}")
+    print(f"\nwritten: {', '.join(map(str, with_suffix.values()))}", flush=True)
 
 
 _SUFFIXES = (".json", ".csv", ".png")
@@ -302,13 +302,14 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     parts = sorted({row["part"] for row in rows}, key=_part_order)
     rates = _rates()
-    ticks = sorted(rates, key=lambda rate: rates[rate] or float("inf"))
+    measured = {row["rate"] for row in rows}
+    ticks = sorted(measured, key=lambda rate: rates[rate] or float("inf"))
     figure, axes = pyplot.subplots(1, len(parts), figsize=(3.2 * len(parts), 3.4), sharey=True)
     for axis, part in zip([axes] if len(parts) == 1 else axes, parts, strict=True):
         for p in sorted({row["p"] for row in rows if row["p"] is not None}, reverse=True):
             chosen = {row["rate"]: row for row in rows if (row["part"], row["p"]) == (part, p)}
-            measured = [chosen[rate]["speed_up"] for rate in ticks]
-            (line,) = axis.plot(ticks, measured, "o-", label=f"p = {p:g}")
+            gains = [chosen[rate]["speed_up"] for rate in ticks]
+            (line,) = axis.plot(ticks, gains, "o-", label=f"p = {p:g}")
             bound = [chosen[rate]["bound_speed_up"] for rate in ticks]
             axis.plot(ticks, bound, ":", color=line.get_color())
         axis.set_title(part, fontsize=10)
