@@ -200,15 +200,14 @@ def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
 
 def _programs(p: float, place: Place, sizes: Sizes) -> Any:
     """Joins the other hosts; `Programs` on a mesh of one device of each."""
-    import jax
-
     from caat_jax import config as config_lib
-    from caat_jax import sharding
+    from caat_jax import processes, sharding
     from caat_jax.train_step import Programs
     from configs import base
 
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"host0:{place.port}", place.hosts, place.host)
+    processes.join(
+        coordinator_address=f"host0:{place.port}", num_processes=place.hosts, process_id=place.host
+    )
     config = base.get_config()
     config.model.update(
         layers=sizes.layers,

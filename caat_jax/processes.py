@@ -58,14 +58,8 @@ def start() -> None:
             f"--process_id={values['process_id']} must be below"
             f" --num_processes={values['num_processes']}"
         )
-    # CPU processes have no other way to communicate; other platforms do not read this.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(
-            **given,
-            heartbeat_timeout_seconds=TIMEOUT_SECONDS,
-            shutdown_timeout_seconds=TIMEOUT_SECONDS,
-        )
+        join(**given)
     except (ValueError, RuntimeError) as error:
         if not given and "coordinator_address" in str(error):
             return  # no launcher: this process is alone
@@ -73,6 +67,21 @@ def start() -> None:
             f"the processes did not find each other ({_one_line(error)});"
             " --num_processes=1 runs this one alone"
         ) from error
+
+
+def join(**place: str | int) -> None:
+    """Joins the other processes, as arguments of `jax.distributed.initialize`, or a launcher, say.
+
+    Raises:
+      ValueError, RuntimeError: they are not complete, or the processes do not meet.
+    """
+    # CPU processes have no other way to communicate; other platforms do not read this.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        **place,
+        heartbeat_timeout_seconds=TIMEOUT_SECONDS,
+        shutdown_timeout_seconds=TIMEOUT_SECONDS,
+    )
 
 
 def is_first() -> bool:
