@@ -146,7 +146,7 @@ class Checkpoints:
           InputError: naming the fields that differ.
         """
         stored = stored_config(self.folder, step).model
-        differing = config_lib.difference(stored, config.model)
+        differing = config_lib.difference(stored, config.model, "model.")
         if differing:
             raise InputError(
                 f"{self.folder} holds another architecture ({'; '.join(differing)}); give another"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from caat_jax import config as config_lib
 from caat_jax.errors import InputError, Interrupted, Stop
@@ -20,17 +20,28 @@ def config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 
 
-def run(main: Callable[..., None], config: flags.FlagHolder | None = None) -> None:
-    """Parses the flags and calls `main(config)`, or `main()` for a command without a config.
+def run(
+    main: Callable[..., None],
+    config: flags.FlagHolder | None = None,
+    resolve: Callable[[ConfigDict], object] = config_lib.resolve,
+    fields: Callable[[], ConfigDict] = base.get_config,
+) -> None:
+    """Parses the flags and calls `main(resolve(config))`, or `main()` for one without a config.
 
     A `Stop`, such as an `InputError` in the flags, becomes one line and its exit code.
+
+    Args:
+      main: the program.
+      config: of `config_flag`.
+      resolve: checks what the flags made of the file, and makes of it what `main` takes.
+      fields: a configuration with every field that a file may have.
     """
 
     def parse(argv: list[str]) -> list[str]:
-        return _or_exit(lambda: _parse(argv, needs_config=config is not None))
+        return _or_exit(lambda: _parse(argv, config, fields))
 
     def call(_: list[str]) -> None:
-        _or_exit(lambda: main(config_lib.resolve(config.value)) if config is not None else main())
+        _or_exit(lambda: main(resolve(config.value)) if config is not None else main())
 
     quieten_logs()
     sys.unraisablehook = _print_unraisable
@@ -59,17 +70,19 @@ def simulate_devices(mesh: config_lib.MeshConfig) -> None:
         jax.config.update("jax_num_cpu_devices", mesh.simulated_devices)
 
 
-def _parse(argv: list[str], needs_config: bool) -> list[str]:
-    if needs_config:
+def _parse(
+    argv: list[str], config: flags.FlagHolder | None, fields: Callable[[], ConfigDict]
+) -> list[str]:
+    if config is not None:
         matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
         names = [match[1] for match in matches if match]
-        config_lib.check_field_names(names, base.get_config())
+        config_lib.check_field_names(names, fields())
         if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:
         positional = flags.FLAGS(argv)
-        if needs_config:
-            _ = flags.FLAGS["config"].value.seed  # a file that is missing fails at its first use
+        if config is not None:
+            _ = list(config.value)  # a file that is missing fails at its first use
     except flags.Error as error:
         raise InputError(str(error)) from None
     # The file is a program: anything may come out of it.

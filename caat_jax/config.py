@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -274,15 +275,18 @@ def from_json(fields: dict[str, Any]) -> Config:
         ) from error
 
 
-def difference(stored: Architecture, given: Architecture) -> list[str]:
-    """The fields of two architectures that differ, as `model.FIELD: stored, given`."""
+def difference(stored: Any, given: Any, section: str = "") -> list[str]:
+    """The fields of two `Config`, or of one section of two, that differ: `NAME: stored, given`."""
     differing = []
     for field in dataclasses.fields(stored):
+        name = section + field.name
         there, asked = getattr(stored, field.name), getattr(given, field.name)
-        if there != asked:
+        if dataclasses.is_dataclass(there):
+            differing += difference(there, asked, f"{name}.")
+        elif there != asked:
             if field.name == "sync_factors":
                 there, asked = stored.describe_sync_factors(), given.describe_sync_factors()
-            differing.append(f"model.{field.name}: {there} there, {asked} asked for")
+            differing.append(f"{name}: {there} there, {asked} asked for")
     return differing
 
 
@@ -291,17 +295,22 @@ def cudnn_takes(model: Architecture, compute: Compute) -> bool:
     return compute.dtype == "bfloat16" and model.head_dim % 8 == 0 and model.head_dim <= 128
 
 
+def leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field that is no section, under its whole name, in the order of the names."""
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def check_field_names(names: list[str], config: ConfigDict) -> None:
     """Refuses names such as "model.layer" that are no fields of `config`.
 
     Raises:
       InputError: naming the field and the nearest that exists.
     """
-    known = [
-        f"{section}.{field}" if isinstance(fields, ConfigDict) else section
-        for section, fields in config.items()
-        for field in (fields if isinstance(fields, ConfigDict) else ("",))
-    ]
+    known = [name for name, _ in leaves(config)]
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
