@@ -8,6 +8,7 @@ ones follow is ever deleted.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -148,9 +149,12 @@ class Checkpoints:
         stored = stored_config(self.folder, step).model
         differing = config_lib.difference(stored, config.model, "model.")
         if differing:
+            same_but_for_p = dataclasses.replace(stored, sync_factors=config.model.sync_factors)
+            hint = f", or let train.sync_schedule change model.sync_factors after step {step}"
             raise InputError(
                 f"{self.folder} holds another architecture ({'; '.join(differing)}); give another"
                 " --workdir or the configuration that it was trained with"
+                f"{hint * (same_but_for_p == config.model)}"
             )
 
     def save(self, state: TrainState, step: int, config: Config, data_state: dict) -> None:

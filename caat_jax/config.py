@@ -10,8 +10,8 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -26,6 +26,9 @@ LARGEST_BELOW_ONE = 1 - 2**-24
 # More would take hours to check or to start.
 LARGEST_LAYERS = 10_000
 LARGEST_SIMULATED_DEVICES = 1024
+
+# Of every layer, (attention, MLP).
+SyncFactors = tuple[tuple[float, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Architecture:
     rope_scaling_original_length: int
     norm_epsilon: float
     tp_shards: int
-    sync_factors: tuple[tuple[float, float], ...]
+    sync_factors: SyncFactors
 
     @property
     def sync_widths(self) -> tuple[tuple[int, int], ...]:
@@ -122,6 +125,13 @@ class OptimizerConfig:
     gradient_clip_norm: float
 
 
+class Stage(NamedTuple):
+    """The synchronisation factors up to and including a step, instead of the model's own."""
+
+    until: int
+    sync_factors: SyncFactors
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """`config.train`."""
@@ -136,6 +146,7 @@ class TrainConfig:
     checkpoints_to_keep: int
     skipped_updates_allowed: int
     profile_step: int
+    sync_schedule: tuple[Stage, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +160,23 @@ class Config:
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+
+    def at_step(self, step: int) -> "Config":
+        """The configuration as far as that step: what its checkpoint carries.
+
+        Its model has the factors in effect for training step `step` and the state after it (0: the
+        state before the first); its schedule has the stages that were over by then.
+        """
+        schedule = self.train.sync_schedule
+        over = tuple(stage for stage in schedule if stage.until < step)
+        model = self.model
+        if len(over) < len(schedule):
+            model = dataclasses.replace(model, sync_factors=schedule[len(over)].sync_factors)
+        return dataclasses.replace(
+            self,
+            model=model,
+            train=dataclasses.replace(self.train, sync_schedule=over),
+        )
 
     def with_sync_factor(self, p: float) -> "Config":
         """The same configuration with this synchronisation factor in every sublayer."""
@@ -178,7 +206,9 @@ def resolve(config: ConfigDict) -> Config:
     Raises:
       InputError: naming the field, its value and what is allowed.
     """
-    train = TrainConfig(**config.train)
+    model = _architecture(dict(config.model))
+    schedule = _sync_schedule(config.train.sync_schedule, model.layers)
+    train = TrainConfig(**{**config.train, "sync_schedule": schedule})
     _check_train(train)
     optimizer = dict(config.optimizer)
     if optimizer["decay_steps"] == -1:
@@ -189,7 +219,6 @@ def resolve(config: ConfigDict) -> Config:
     _check_data(data)
     _at_least("seed", config.seed, 0)
     mesh = MeshConfig(**config.mesh)
-    model = _architecture(dict(config.model))
     _check_mesh(mesh, model.tp_shards)
     return Config(
         seed=config.seed,
@@ -259,7 +288,12 @@ def from_json(fields: dict[str, Any]) -> Config:
     """
     try:
         model = dict(fields["model"])
-        model["sync_factors"] = tuple(tuple(pair) for pair in model["sync_factors"])
+        model["sync_factors"] = _pairs(model["sync_factors"])
+        # Checkpoints that are older than the field had no schedule.
+        train = {"sync_schedule": (), **fields["train"]}
+        train["sync_schedule"] = tuple(
+            Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
+        )
         return Config(
             seed=fields["seed"],
             model=Architecture(**model),
@@ -267,12 +301,16 @@ def from_json(fields: dict[str, Any]) -> Config:
             mesh=MeshConfig(**fields["mesh"]),
             data=DataConfig(**fields["data"]),
             optimizer=OptimizerConfig(**fields["optimizer"]),
-            train=TrainConfig(**fields["train"]),
+            train=TrainConfig(**train),
         )
     except (KeyError, TypeError) as error:
         raise InputError(
             f"the stored configuration has other fields than this version's ({error})"
         ) from error
+
+
+def _pairs(lists: list[list[float]]) -> SyncFactors:
+    return tuple(tuple(pair) for pair in lists)
 
 
 def difference(stored: Any, given: Any, section: str = "") -> list[str]:
@@ -357,9 +395,11 @@ def _architecture(model: dict[str, Any]) -> Architecture:
         _above_zero(f"model.{field}", model[field])
     _check_rope_scaling(model)
     factor, per_layer = model.pop("sync_factor"), model.pop("sync_factor_per_layer")
-    return Architecture(
-        **model, sync_factors=_sync_factors(factor, per_layer, layers=model["layers"])
-    )
+    if per_layer:
+        factors = _sync_factors("model.sync_factor_per_layer", per_layer, model["layers"])
+    else:
+        factors = _sync_factors("model.sync_factor", factor, model["layers"])
+    return Architecture(**model, sync_factors=factors)
 
 
 def _check_rope_scaling(model: dict[str, Any]) -> None:
@@ -372,9 +412,24 @@ def _check_rope_scaling(model: dict[str, Any]) -> None:
     _at_least("model.rope_scaling_original_length", model["rope_scaling_original_length"], 1)
 
 
-def _sync_factors(factor: float, per_layer: tuple, layers: int) -> tuple[tuple[float, float], ...]:
-    name = "model.sync_factor_per_layer" if per_layer else "model.sync_factor"
-    entries = tuple(per_layer) or (factor,) * layers
+def _sync_schedule(stages: Sequence, layers: int) -> tuple[Stage, ...]:
+    name, resolved = "train.sync_schedule", []
+    for stage in stages:
+        if not isinstance(stage, (tuple, list)) or len(stage) != 2 or type(stage[0]) is not int:
+            raise InputError(
+                f"{name}: {stage!r} must be a pair (last step, factor) with a whole step, as in"
+                " ((500, 1.0),)"
+            )
+        until, factor = stage
+        _at_least(f"{name}: last step", until, resolved[-1].until + 1 if resolved else 0)
+        factors = _sync_factors(f"{name} (to step {until})", factor, layers)
+        resolved.append(Stage(until, factors))
+    return tuple(resolved)
+
+
+def _sync_factors(name: str, given: float | Sequence, layers: int) -> SyncFactors:
+    """Of one factor for every sublayer, or of an entry for each layer."""
+    entries = tuple(given) if isinstance(given, (tuple, list)) else (given,) * layers
     if len(entries) != layers:
         raise InputError(
             f"{name} has {len(entries)} entries; it must have one for each of the"

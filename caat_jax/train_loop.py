@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import tqdm
+from jax.sharding import Mesh
 
 from caat_jax import config as config_lib
 from caat_jax import memory, processes, sharding
@@ -43,11 +44,12 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
     memory.check_training(config, mesh)
+    # Of any stage of the schedule: states have the same layout in all.
     programs = Programs(config, mesh)
     with Checkpoints(workdir, to_keep=config.train.checkpoints_to_keep) as checkpoints:
         newest = checkpoints.resume_step()
         if newest is not None:
-            checkpoints.check_architecture(newest, config)
+            checkpoints.check_architecture(newest, config.at_step(newest))
         cache = open_cache(config.data, tokenizer)
         batches = train_batches(
             cache.train,
@@ -66,13 +68,15 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
                 if processes.is_first():
                     print(_description(programs, done), file=sys.stderr)
                 return config.train.steps, _loop(
-                    programs, state, done, batches, cache.validation, checkpoints, writer
+                    config, mesh, state, done, batches, cache.validation, checkpoints, writer
                 )
+        programs = Programs(config.at_step(done), mesh)
         return done, validation_loss(programs, state.parameters, cache.validation)
 
 
 def _loop(
-    programs: Programs,
+    config: Config,
+    mesh: Mesh,
     state: TrainState,
     done: int,
     batches: TrainBatches,
@@ -80,11 +84,19 @@ def _loop(
     checkpoints: Checkpoints,
     writer: MetricsWriter | None,
 ) -> float:
-    """Does the steps after `done`; returns the last validation loss."""
-    config, train = programs.config, programs.config.train
+    """Does the steps after `done`, each with the factors of its stage of `train.sync_schedule`.
+
+    Returns the last validation loss.
+    """
+    train = config.train
+    programs = Programs(config.at_step(done + 1), mesh)
     train_step = programs.compile_train_step()
     with StopRequest() as stop_request, _Log(config, writer, done) as log:
         for step in range(done + 1, train.steps + 1):
+            if programs.config != config.at_step(step):  # a stage of the schedule is over
+                with log.pause(step - 1):
+                    programs = Programs(config.at_step(step), mesh)
+                    train_step = programs.compile_train_step()
             batch = next(batches)
             profiled = step == train.profile_step and writer is not None
             with _profiled(writer.workdir if profiled else None), jax.transfer_guard("disallow"):
@@ -103,7 +115,7 @@ def _loop(
                         loss = validation_loss(programs, state.parameters, validation)
                         log.evaluation(step, loss)
                     if save:
-                        checkpoints.save(state, step, config, batches.get_state())
+                        checkpoints.save(state, step, programs.config, batches.get_state())
             if stop:
                 checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, saved; the same command goes on")
@@ -130,11 +142,16 @@ def _metrics_writer(
 
 def _description(programs: Programs, done: int) -> str:
     """One line for people: what is trained, on what, and after which step."""
-    model, mesh = programs.config.model, programs.mesh
+    config, mesh = programs.config, programs.mesh
     devices = mesh.devices.ravel()
+    stages = [
+        f"{config.at_step(stage.until).model.describe_sync_factors()} to step {stage.until}, then "
+        for stage in config.train.sync_schedule
+        if stage.until > done
+    ]
     return (
-        f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={model.tp_shards},"
-        f" p={model.describe_sync_factors()};"
+        f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={config.model.tp_shards},"
+        f" p={''.join(stages)}{config.model.describe_sync_factors()};"
         f" {len(devices)} {devices[0].device_kind} devices of {jax.process_count()} processes,"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
         f" {programs.attention} attention;"

@@ -113,6 +113,12 @@ def get_config() -> ConfigDict:
             # many in a row the run ends.
             skipped_updates_allowed=10,
             profile_step=-1,  # write one jax.profiler trace of this step; -1: none
+            # Other synchronisation factors up to some steps: stages (last step, factor), ascending,
+            # each factor a number or an entry a layer as in model.sync_factor_per_layer.  After the
+            # last stage the model's own apply, which are also those that communication.py and
+            # step_time.py look at.  ((500, 1.0),) begins synchronised; ((0, 1.0),) goes on from an
+            # imported dense model, whose step 0 was at p = 1.
+            sync_schedule=(),
         )
     )
     return config.lock()

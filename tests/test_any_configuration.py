@@ -122,6 +122,37 @@ ODD = {
     "train.checkpoints_to_keep": COUNTS,
     "train.skipped_updates_allowed": COUNTS,
     "train.profile_step": COUNTS,
+    "train.sync_schedule": [
+        "()",
+        "((0,1),)",
+        "((1,0.5),)",
+        "[[0,0],[7,1.0]]",
+        "((1,(0.5,)),)",
+        "((1,((1,0),)),)",
+        "((1,((1,0),(0.25,0.5))),)",
+        "((1,0.5),(1,1))",
+        "((2,0.5),(1,1))",
+        "(1,0.5)",
+        "((1,0.5,2),)",
+        "((-1,0.5),)",
+        "((1.0,0.5),)",
+        "((True,0.5),)",
+        "((1,-1),)",
+        "((1,1e999),)",
+        "((1,'a'),)",
+        "((1,None),)",
+        "((1,()),)",
+        "((),)",
+        "((1,0.5)",
+        "{1: 0.5}",
+        "None",
+        "",
+        "(" * 300,
+        f"(({2**31 - 1},1),)",
+        f"(({2**31},1),)",
+        f"(({10**400},1),)",
+        f"((1,{10**400}),)",
+    ],
 }
 # No `--config.field=value` of a field that there is.
 OTHER_FLAGS = [
@@ -194,6 +225,10 @@ def valid_configurations(draw):
         factor = st.sampled_from([0.0, 0.5, 1.0])
         entry = st.one_of(factor, st.tuples(factor, factor))
         drawn["model.sync_factor_per_layer"] = tuple(draw(entry) for _ in range(layers))
+    if draw(st.booleans()):
+        until, factor = draw(st.integers(0, 2)), draw(st.sampled_from([0.0, 0.5, 1.0]))
+        per_layer = (factor,) * layers
+        drawn["train.sync_schedule"] = ((until, draw(st.sampled_from([factor, per_layer]))),)
     return SMALL | drawn
 
 

@@ -168,6 +168,26 @@ BAD_FIELDS = [
     ({"optimizer__weight_decay": 1e300}, ["optimizer.weight_decay=1e+300", "at most 3.4e+38"]),
     ({"optimizer__peak_learning_rate": INF}, ["peak_learning_rate=inf", "to 3.4e+38"]),
     ({"optimizer__beta1": 1 - 1e-9}, ["optimizer.beta1=0.999999999", "[0, 1)", "0.9999999"]),
+    *(
+        ({"train__sync_schedule": stages}, ["train.sync_schedule", *said])
+        for stages, said in (
+            ((500, 1.0), ["500 must be a pair (last step, factor)", "((500, 1.0),)"]),
+            (((500, 1.0, 2),), ["(500, 1.0, 2) must be a pair"]),
+            (((2.5, 1.0),), ["(2.5, 1.0)", "whole step"]),
+            (((True, 1.0),), ["(True, 1.0)", "whole step"]),
+            (("500",), ["'500' must be a pair"]),
+            (((-1, 1.0),), ["last step=-1 must be at least 0"]),
+            (((2**31, 1.0),), ["last step=2147483648 must be at most 2147483647"]),
+            (((5, 1.0), (5, 0.5)), ["last step=5 must be at least 6"]),
+            (((5, 1.0), (4, 0.5)), ["last step=4 must be at least 6"]),
+            (((5, 1.0), (9, 1.5)), ["(to step 9)=1.5 is outside [0, 1]"]),
+            (((5, NAN),), ["(to step 5)=nan is outside [0, 1]"]),
+            (((5, None),), ["(to step 5): None must be a number or a pair"]),
+            (((5, (1.0, 0.5)),), ["(to step 5) has 2 entries", "model.layers=4"]),
+            (((5, ()),), ["(to step 5) has 0 entries", "model.layers=4"]),
+            (((5, (1, 1, 1, (0.5,))),), ["(to step 5): (0.5,) must be a number or a pair"]),
+        )
+    ),
     *(({"train__profile_step": n}, [f"train.profile_step={n}", "at least 1"]) for n in (0, -2)),
 ]
 
@@ -281,6 +301,21 @@ def test_every_config_file_is_tested():
 def test_shipped_config_is_locked(name):
     with pytest.raises((AttributeError, KeyError)):
         SHIPPED[name].get_config().model.width = 1
+
+
+def test_schedule_is_worked_out_and_survives_json():
+    stages = [(5, 1), [7, [1, (0.5, 0), 0.25, 0]]]
+    config = resolved(train__sync_schedule=stages, model__sync_factor=0.5)
+    mixed = ((1.0, 1.0), (0.5, 0.0), (0.25, 0.25), (0.0, 0.0))
+    assert config.train.sync_schedule == ((5, ((1.0, 1.0),) * 4), (7, mixed))
+    assert config.model.sync_factors == ((0.5, 0.5),) * 4
+    assert config_lib.from_json(json.loads(json.dumps(config_lib.to_json(config)))) == config
+
+
+def test_json_older_than_the_schedule_has_none():
+    fields = config_lib.to_json(resolved())
+    del fields["train"]["sync_schedule"]
+    assert config_lib.from_json(fields) == resolved()
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown"])
