@@ -19,8 +19,7 @@ def main(config: Config) -> None:
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     processes.start()
     command_line.simulate_devices(config.mesh)
-    with processes.lost_ones_noticed():
-        steps, loss = train_loop.train(config, workdir)
+    steps, loss = train_loop.train(config, workdir)
     if processes.is_first():
         print(
             f"{steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"

@@ -11,6 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from caat_jax import config as config_lib
+from caat_jax import processes
 from caat_jax.errors import InputError, Interrupted, Stop
 from configs import base
 
@@ -41,7 +42,8 @@ def run(
         return _or_exit(lambda: _parse(argv, config, fields))
 
     def call(_: list[str]) -> None:
-        _or_exit(lambda: main(resolve(config.value)) if config is not None else main())
+        with processes.lost_ones_noticed():
+            _or_exit(lambda: main(resolve(config.value)) if config is not None else main())
 
     quieten_logs()
     sys.unraisablehook = _print_unraisable

@@ -151,7 +151,7 @@ def lost_ones_noticed() -> Iterator[None]:
             raise
         print(
             f"another process of the run is gone, or a device failed ({_one_line(error)});"
-            " the same command, on all processes, goes on from the newest checkpoint",
+            " start the same command again, on all processes",
             file=sys.stderr,
             flush=True,
         )

@@ -1,7 +1,6 @@
 """The training loop: what happens at which step."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,13 @@ from jax.sharding import Mesh
 
 from caat_jax import config as config_lib
 from caat_jax import memory, processes, sharding
+from caat_jax import workdir as workdir_lib
 from caat_jax.checkpoint import Checkpoints
 from caat_jax.config import Config
 from caat_jax.data.loader import TrainBatches, train_batches
 from caat_jax.data.token_cache import TokenSequences, open_cache
 from caat_jax.data.tokenizers import load_tokenizer
-from caat_jax.errors import Diverged, InputError, Interrupted
+from caat_jax.errors import Diverged, Interrupted
 from caat_jax.evaluation import validation_loss
 from caat_jax.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
 from caat_jax.processes import StopRequest
@@ -39,14 +39,15 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
       Diverged: more than `train.skipped_updates_allowed` updates in a row were skipped.
       Interrupted: by SIGTERM or Ctrl-C, after a checkpoint; or another process is gone.
     """
-    _check_workdir(workdir)
+    workdir_lib.check_writable(workdir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
     memory.check_training(config, mesh)
     # Of any stage of the schedule: states have the same layout in all.
     programs = Programs(config, mesh)
-    with Checkpoints(workdir, to_keep=config.train.checkpoints_to_keep) as checkpoints:
+    to_keep = config.train.checkpoints_to_keep
+    with workdir_lib.sole_run(workdir), Checkpoints(workdir, to_keep=to_keep) as checkpoints:
         newest = checkpoints.resume_step()
         if newest is not None:
             checkpoints.check_architecture(newest, config.at_step(newest))
@@ -120,15 +121,6 @@ def _loop(
                 checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, saved; the same command goes on")
     return loss
-
-
-def _check_workdir(workdir: Path) -> None:
-    """Refuses one that cannot be written, before there is anything to lose."""
-    existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
-    if not existing.is_dir():
-        raise InputError(f"--workdir={workdir}: {existing} is a file; give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir={workdir}: {existing} cannot be written; give another folder")
 
 
 def _metrics_writer(

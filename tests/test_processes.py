@@ -111,6 +111,24 @@ def test_stop_request(corpus, tmp_path, number):
     assert run.said()[-1] == f"stopped after step {step}, saved; the same command goes on"
 
 
+def test_second_run_in_a_workdir_is_refused(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    first = Run(workdir, corpus | ENDLESS)
+    first.wait_until(lambda: runs.has_metrics(workdir))
+    second = Run(workdir, corpus | ENDLESS)
+    assert second.wait() == 2
+    assert [line for line in second.said() if "another run is training there" not in line] == []
+    before = runs.last_step(workdir)
+    first.wait_until(lambda: runs.last_step(workdir) > before)
+    first.signal(signal.SIGKILL)
+    first.wait()
+    third = Run(workdir, corpus | ENDLESS)
+    third.wait_until(lambda: "compiling" in third.output)
+    third.signal(signal.SIGKILL)
+    third.wait()
+    assert "another run" not in third.output
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -14,7 +14,7 @@ from scipy import stats
 from caat_jax import config as config_lib
 from caat_jax import sweep_plan, sweep_report
 from caat_jax.errors import InputError
-from configs import base, sweep
+from configs import base, sweep, sweep_half
 from tests import runs
 from tests.command_line import REPOSITORY, assert_refused, start_forked, write_texts
 from tests.runs import Run
@@ -164,6 +164,19 @@ def test_shipped_configuration():
     assert {run.config.seed for run in plan.runs} == {0, 1, 2}
     for run in plan.runs:
         assert (run.config.model.sync_factors[0][0], run.config.model.tp_shards) == run.setting
+
+
+def test_shipped_halves():
+    plan = sweep_plan.resolve(sweep_half.get_config())
+    assert len(plan.runs) == 18
+    for run in plan.runs:
+        widths = {
+            sum(map(sum, run.config.at_step(n).model.sync_widths)) for n in (1, 600, 601, 1200)
+        }
+        all_channels = 4 * 2 * 128
+        schedule = run.settings["train.sync_schedule"]
+        expected = {1200: {all_channels}, 600: {all_channels, all_channels // 2}}
+        assert widths == (expected[schedule[0][0]] if schedule else {all_channels // 2})
 
 
 def grid(**changes):

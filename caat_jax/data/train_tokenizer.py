@@ -15,12 +15,8 @@ from caat_jax import command_line, user_paths
 from caat_jax.data import corpora
 from caat_jax.errors import InputError
 
-_CONFIG = command_line.config_flag()
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Ids at most, those of bytes included.")
-_OUTPUT = flags.DEFINE_string("output", "tokenizer.json", "The file to write.")
-
 _ROLES = ["<|begin_of_text|>", "<|end_of_text|>"]
-_SMALLEST = 256 + len(_ROLES)
+SMALLEST = 256 + len(_ROLES)
 
 
 def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int:
@@ -35,8 +31,8 @@ def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int
       InputError: before any work, when the arguments or the corpus cannot serve.
     """
     path = user_paths.expanded("--output", output)
-    if vocab_size < _SMALLEST:
-        raise InputError(f"vocab_size={vocab_size} must be at least {_SMALLEST}: bytes, BOS, EOS")
+    if vocab_size < SMALLEST:
+        raise InputError(f"vocab_size={vocab_size} must be at least {SMALLEST}: bytes, BOS, EOS")
     if path.suffix != ".json":
         raise InputError(f"output={output} must end in .json, as data.tokenizer will require")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -57,9 +53,14 @@ def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int
 
 
 def main(config: caat_jax.config.Config) -> None:
-    size = train(config.data, _VOCAB_SIZE.value, _OUTPUT.value)
-    print(f"{_OUTPUT.value} has {size} ids; use it with --config.data.tokenizer={_OUTPUT.value}")
+    vocab_size, output = flags.FLAGS.vocab_size, flags.FLAGS.output
+    size = train(config.data, vocab_size, output)
+    print(f"{output} has {size} ids; use it with --config.data.tokenizer={output}")
 
 
 if __name__ == "__main__":
-    command_line.run(main, _CONFIG)
+    # Not at import: commands that call `train` have flags of these names too.
+    config_flag = command_line.config_flag()
+    flags.DEFINE_integer("vocab_size", 4096, "Ids at most, those of bytes included.")
+    flags.DEFINE_string("output", "tokenizer.json", "The file to write.")
+    command_line.run(main, config_flag)
