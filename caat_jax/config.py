@@ -55,10 +55,14 @@ class Architecture:
     tp_shards: int
     sync_factors: SyncFactors
 
+    def sync_width(self, p: float) -> int:
+        """D_s of a sublayer with this factor."""
+        return int(self.embed_dim * p)
+
     @property
     def sync_widths(self) -> tuple[tuple[int, int], ...]:
-        """D_s = int(D·p) of every layer's (attention, MLP)."""
-        return tuple(tuple(int(self.embed_dim * p) for p in pair) for pair in self.sync_factors)
+        """D_s of every layer's (attention, MLP)."""
+        return tuple(tuple(map(self.sync_width, pair)) for pair in self.sync_factors)
 
     def describe_sync_factors(self) -> str:
         """For people: "0.5", or runs of layers as in "1.0 in 2 layers, 0.5 in 30 layers"."""
@@ -180,7 +184,10 @@ class Config:
 
     def with_sync_factor(self, p: float) -> "Config":
         """The same configuration with this synchronisation factor in every sublayer."""
-        factors = ((p, p),) * self.model.layers
+        return self.with_sync_factors(((p, p),) * self.model.layers)
+
+    def with_sync_factors(self, factors: tuple[tuple[float, float], ...]) -> "Config":
+        """The same configuration with these as `model.sync_factors`."""
         return dataclasses.replace(
             self, model=dataclasses.replace(self.model, sync_factors=factors)
         )
@@ -273,6 +280,16 @@ def resolve_mesh(config: Config, devices: int) -> MeshConfig:
                     f" the nearest that do: {_nearest_multiples(value, sizes[axis])}"
                 )
     return dataclasses.replace(mesh, **sizes)
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """Of `configs/base.py`, those of which `resolve` makes this configuration, by section.
+
+    All but `model.sync_factor`, which `model.sync_factor_per_layer` overrides.
+    """
+    sections = dataclasses.asdict(config)
+    sections["model"]["sync_factor_per_layer"] = sections["model"].pop("sync_factors")
+    return sections
 
 
 def to_json(config: Config) -> dict[str, Any]:

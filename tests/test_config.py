@@ -292,6 +292,14 @@ def test_shipped_config_resolves_and_survives_json(name):
     config_lib.resolve_mesh(config, 8)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_fields_resolve_to_the_configuration_that_has_them(name):
+    config = config_lib.resolve(SHIPPED[name].get_config())
+    fields = base.get_config()
+    fields.update(config_lib.fields(config))
+    assert config_lib.resolve(fields) == config
+
+
 def test_every_config_file_is_tested():
     files = {path.stem for path in Path(base.__file__).parent.glob("*.py")} - {"__init__"}
     assert files == set(SHIPPED) | {"sweep", "sweep_half"}  # test_sweep.py has these two
@@ -330,7 +338,7 @@ def test_json_of_another_version_is_refused(change):
 
 
 def test_difference_names_the_fields():
-    stored, given = resolved().model, resolved(model__sync_factor=0.5, model__layers=2).model
+    stored, given = resolved(), resolved(model__sync_factor=0.5, model__layers=2)
     differing = config_lib.difference(stored, given)
     assert differing == [
         "model.layers: 4 there, 2 asked for",
