@@ -5,6 +5,8 @@ VENV := .venv
 CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
+# Two at a time, each with files of its own: most of a test is compiling, which one thread does.
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help train test test-slow lint format
@@ -24,10 +26,10 @@ train: $(RUNTIME)
 
 test: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(DEVELOPMENT)
-	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .

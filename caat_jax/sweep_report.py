@@ -6,6 +6,8 @@ and from the runs' metrics.
 
 import csv
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import statistics
@@ -32,6 +34,8 @@ RESULTS_FILE = "results.csv"
 SUMMARY_FILE = "summary.csv"
 
 CONFIDENCE = 0.95
+
+_LEGEND_CHARACTERS = 170  # that stand side by side, about
 
 
 class Result(NamedTuple):
@@ -73,14 +77,29 @@ def result(config: Config, loss: float) -> dict[str, Any]:
 
 
 def wire_bytes(config: Config, steps: int) -> int:
-    """Bytes that one device sends in so many training steps, of S devices that have a shard each.
+    """Bytes that one device sends in the first so many training steps, each device having a shard.
 
     Counted from the traced step (`operations.py`): the embedding and the loss are in it.
     """
+    ends = [stage.until for stage in config.train.sync_schedule if stage.until < steps]
+    total = 0.0
+    for first, last in itertools.pairwise([0, *ends, steps]):
+        total += (last - first) * _step_wire_bytes(_without_history(config.at_step(last)))
+    return round(total)
+
+
+def _without_history(config: Config) -> Config:
+    """What a step sends depends on neither of the two."""
+    train = dataclasses.replace(config.train, sync_schedule=())
+    return dataclasses.replace(config, seed=0, train=train)
+
+
+@functools.cache
+def _step_wire_bytes(config: Config) -> float:
     config = config.with_vocabulary(load_tokenizer(config.data.tokenizer).size)
     mesh = MeshConfig(data=1, fsdp=1, model=config.model.tp_shards, simulated_devices=0)
-    one_step = step_time_model.workload(dataclasses.replace(config, mesh=mesh))
-    return round(steps * one_step.operations.wire_bytes)
+    work = step_time_model.workload(dataclasses.replace(config, mesh=mesh))
+    return work.operations.wire_bytes
 
 
 def write(plan: Plan, workdir: Path) -> str:
@@ -184,7 +203,7 @@ def _plot(
     plan: Plan, summaries: Sequence[Summary], results: Sequence[Result], workdir: Path
 ) -> None:
     """`sweep.png`: the loss by setting, over the steps, and over the bytes sent."""
-    figure = Figure(figsize=(15, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(15, 5.8), dpi=150, layout="constrained")
     by_value, over_steps, over_bytes = figure.subplots(1, 3)
     _plot_by_value(by_value, plan, summaries)
     place = plan.fields.index(plan.compared)
@@ -200,7 +219,7 @@ def _plot(
             linewidth=1.5,
         )
         over_steps.plot(steps, losses, **look)
-        sent = summary.wire_bytes * steps / runs[0].config.train.steps
+        sent = [wire_bytes(runs[0].config, int(step)) for step in steps]
         over_bytes.plot(sent, losses, **look)
     last = [s.loss for s in summaries if math.isfinite(s.loss)]
     for panel in (over_steps, over_bytes):
@@ -209,10 +228,14 @@ def _plot(
             low, high = min(last), max(last)
             panel.set_ylim(low - 0.02 * low, high + max(0.25 * high, high - low))
     over_steps.set(xlabel="step", title="Validation loss over the steps")
-    over_steps.legend(fontsize=8, edgecolor="none")
     over_bytes.set(
-        xlabel="bytes that one of S devices sent", title="and over the bytes sent", xscale="log"
+        xlabel="bytes that one of S devices sent",
+        title="The same over the bytes sent",
+        xscale="log",
     )
+    handles, labels = over_steps.get_legend_handles_labels()
+    columns = max(1, _LEGEND_CHARACTERS // max(map(len, labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     over_bytes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
     over_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
     for panel in (by_value, over_steps, over_bytes):

@@ -276,15 +276,20 @@ def test_one_seed_has_no_interval():
 def test_wire_bytes_are_those_of_the_method(shards):
     """Of every sublayer two all-reduces of [B, T, D_s] float32, in the ring's bytes."""
 
-    def sent(p):
+    def sent(p, schedule=()):
         config = base.get_config()
-        config.update_from_flattened_dict({P: p, S: shards, "model.layers": 3})
+        fields = {P: p, S: shards, "model.layers": 3, "train.sync_schedule": schedule}
+        config.update_from_flattened_dict(fields)
         return sweep_report.wire_bytes(config_lib.resolve(config), steps=10)
 
     one = 4 * 16 * 256 * 256  # B·T·D
     ring = 2 * (shards - 1) / shards
     for p in (0.75, 0.5, 0.25):
         assert sent(1.0) - sent(p) == 10 * 3 * 2 * 2 * (1 - p) * one * ring
+    # Four steps at p = 1, three at 0.25 and three at 0.5.
+    saved = sent(1.0) - sent(0.5, ((4, 1.0), (7, 0.25), (70, 0.5)))
+    assert saved == (3 * 0.75 + 3 * 0.5) * 3 * 2 * 2 * one * ring
+    assert sent(0.5, ((10, 1.0), (12, 0.25))) == sent(1.0)
 
 
 def test_results_file_of_a_run_is_read_back(tmp_path):
