@@ -36,6 +36,7 @@ from absl import flags
 from caat_jax import (
     command_line,
     evaluation,
+    field_checks,
     memory,
     metrics,
     plot,
@@ -61,7 +62,7 @@ _STEPS = flags.DEFINE_integer(
     None,
     "N, instead of what --minutes allow.",
     lower_bound=1,
-    upper_bound=config_lib.LARGEST_INTEGER,
+    upper_bound=field_checks.LARGEST_INTEGER,
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size",
@@ -215,7 +216,7 @@ def _steps_within(minutes: float, milliseconds: dict[str, list[float]]) -> int:
             f"--minutes={minutes} must be more: a step of both takes {both / 60:.2g} minutes, and"
             f" {_TRAINING_SHARE:.0%} of the time are for steps"
         )
-    return min(steps, config_lib.LARGEST_INTEGER)
+    return min(steps, field_checks.LARGEST_INTEGER)
 
 
 def _run(config: Config, p: float, plan: dict[str, Any], workdir: Path) -> dict[str, Any]:

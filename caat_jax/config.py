@@ -1,6 +1,7 @@
-"""From an `ml_collections` ConfigDict to frozen dataclasses; every check of a field is here.
+"""From an `ml_collections` ConfigDict to frozen dataclasses; every field is checked.
 
 `configs/base.py` holds each field's default and meaning; the dataclasses repeat neither.
+`architecture.py` has `config.model`, `field_checks.py` what a single number or word may be.
 `resolve(config_dict)` raises `InputError` before anything is compiled or written.  What can only
 be checked against something else is checked where both are known: the mesh against the devices in
 `resolve_mesh`, the vocabulary against the tokeniser in `Config.with_vocabulary`.
@@ -8,71 +9,33 @@ be checked against something else is checked where both are known: the mesh agai
 
 import dataclasses
 import difflib
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from caat_jax.architecture import (
+    Architecture,
+    Stage,
+    SyncFactors,
+    checked_architecture,
+    checked_schedule,
+)
 from caat_jax.errors import InputError
+from caat_jax.field_checks import (
+    LARGEST_BELOW_ONE,
+    above_zero,
+    at_least,
+    nearest_multiples,
+    one_of,
+    within,
+)
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
-# Programs count in int32 and compute in float32: beyond these, numbers would be infinite, 0 or 1.
-LARGEST_INTEGER = 2**31 - 1
-SMALLEST_FLOAT, LARGEST_FLOAT = 1.2e-38, 3.4e38
-LARGEST_BELOW_ONE = 1 - 2**-24
-# More would take hours to check or to start.
-LARGEST_LAYERS = 10_000
+# More would take hours to start.
 LARGEST_SIMULATED_DEVICES = 1024
-
-# Of every layer, (attention, MLP).
-SyncFactors = tuple[tuple[float, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What the function is: `config.model` with nothing left at -1 but, at first, `vocab_size`.
-
-    `sync_factors[l]` is the pair (attention, MLP) of layer l's synchronisation factors.
-    """
-
-    layers: int
-    embed_dim: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    vocab_size: int
-    tied_head: bool
-    rope_base: float
-    rope_scaling_factor: float
-    rope_scaling_low_turns: float
-    rope_scaling_high_turns: float
-    rope_scaling_original_length: int
-    norm_epsilon: float
-    tp_shards: int
-    sync_factors: SyncFactors
-
-    def sync_width(self, p: float) -> int:
-        """D_s of a sublayer with this factor."""
-        return int(self.embed_dim * p)
-
-    @property
-    def sync_widths(self) -> tuple[tuple[int, int], ...]:
-        """D_s of every layer's (attention, MLP)."""
-        return tuple(tuple(map(self.sync_width, pair)) for pair in self.sync_factors)
-
-    def describe_sync_factors(self) -> str:
-        """For people: "0.5", or runs of layers as in "1.0 in 2 layers, 0.5 in 30 layers"."""
-        runs = [
-            (str(pair if pair[0] != pair[1] else pair[0]), len(list(layers)))
-            for pair, layers in itertools.groupby(self.sync_factors)
-        ]
-        if len(runs) == 1:
-            return runs[0][0]
-        return ", ".join(f"{factors} in {n} layer{'s' * (n > 1)}" for factors, n in runs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +90,6 @@ class OptimizerConfig:
     epsilon: float
     weight_decay: float
     gradient_clip_norm: float
-
-
-class Stage(NamedTuple):
-    """The synchronisation factors up to and including a step, instead of the model's own."""
-
-    until: int
-    sync_factors: SyncFactors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +169,8 @@ def resolve(config: ConfigDict) -> Config:
     Raises:
       InputError: naming the field, its value and what is allowed.
     """
-    model = _architecture(dict(config.model))
-    schedule = _sync_schedule(config.train.sync_schedule, model.layers)
+    model = checked_architecture(dict(config.model))
+    schedule = checked_schedule(config.train.sync_schedule, model.layers)
     train = TrainConfig(**{**config.train, "sync_schedule": schedule})
     _check_train(train)
     optimizer = dict(config.optimizer)
@@ -224,7 +180,7 @@ def resolve(config: ConfigDict) -> Config:
     _check_optimizer(optimizer)
     data = DataConfig(**config.data)
     _check_data(data)
-    _at_least("seed", config.seed, 0)
+    at_least("seed", config.seed, 0)
     mesh = MeshConfig(**config.mesh)
     _check_mesh(mesh, model.tp_shards)
     return Config(
@@ -269,7 +225,7 @@ def resolve_mesh(config: Config, devices: int) -> MeshConfig:
             f"train.global_batch={train.global_batch} does not divide over mesh.data"
             f"={sizes['data']} times mesh.fsdp={sizes['fsdp']} times train.accumulation_steps"
             f"={train.accumulation_steps}; it must be a multiple of {ways}:"
-            f" {_nearest_multiples(train.global_batch, ways)}"
+            f" {nearest_multiples(train.global_batch, ways)}"
         )
     for field, axes in (("embed_dim", ("model", "fsdp")), ("vocab_size", ("fsdp",))):
         for axis in axes:
@@ -277,7 +233,7 @@ def resolve_mesh(config: Config, devices: int) -> MeshConfig:
             if value != -1 and value % sizes[axis]:
                 raise InputError(
                     f"model.{field}={value} does not divide over mesh.{axis}={sizes[axis]};"
-                    f" the nearest that do: {_nearest_multiples(value, sizes[axis])}"
+                    f" the nearest that do: {nearest_multiples(value, sizes[axis])}"
                 )
     return dataclasses.replace(mesh, **sizes)
 
@@ -375,102 +331,11 @@ def check_field_names(names: list[str], config: ConfigDict) -> None:
             )
 
 
-def _architecture(model: dict[str, Any]) -> Architecture:
-    _at_least("model.layers", model["layers"], 1, LARGEST_LAYERS)
-    for field in ("embed_dim", "heads", "kv_heads", "mlp_dim", "tp_shards"):
-        _at_least(f"model.{field}", model[field], 1)
-    shards = model["tp_shards"]
-    for field in ("heads", "kv_heads", "mlp_dim", "vocab_size"):
-        value = model[field]
-        if field == "vocab_size" and value == -1:
-            continue
-        _at_least(f"model.{field}", value, 1)
-        if value % shards:
-            hint = ", or pad the vocabulary with model.vocab_size=-1" * (field == "vocab_size")
-            raise InputError(
-                f"model.{field}={value} does not divide over model.tp_shards={shards};"
-                f" the nearest that do: {_nearest_multiples(value, shards)}{hint}"
-            )
-    if model["heads"] % model["kv_heads"]:
-        raise InputError(
-            f"model.kv_heads={model['kv_heads']} does not divide model.heads={model['heads']}"
-        )
-    if model["head_dim"] == -1:
-        if model["embed_dim"] % model["heads"]:
-            raise InputError(
-                f"model.embed_dim={model['embed_dim']} does not divide over model.heads"
-                f"={model['heads']}: give model.head_dim, or an embed_dim of"
-                f" {_nearest_multiples(model['embed_dim'], model['heads'])}"
-            )
-        model["head_dim"] = model["embed_dim"] // model["heads"]
-    if not 2 <= model["head_dim"] <= LARGEST_INTEGER or model["head_dim"] % 2:
-        raise InputError(
-            f"model.head_dim={model['head_dim']}: rotary embedding needs an even number, of"
-            f" {LARGEST_INTEGER} at most"
-        )
-    for field in ("rope_base", "rope_scaling_low_turns", "norm_epsilon"):
-        _above_zero(f"model.{field}", model[field])
-    _check_rope_scaling(model)
-    factor, per_layer = model.pop("sync_factor"), model.pop("sync_factor_per_layer")
-    if per_layer:
-        factors = _sync_factors("model.sync_factor_per_layer", per_layer, model["layers"])
-    else:
-        factors = _sync_factors("model.sync_factor", factor, model["layers"])
-    return Architecture(**model, sync_factors=factors)
-
-
-def _check_rope_scaling(model: dict[str, Any]) -> None:
-    _within("model.rope_scaling_factor", model["rope_scaling_factor"], 1)
-    if not model["rope_scaling_high_turns"] > model["rope_scaling_low_turns"]:
-        raise InputError(
-            f"model.rope_scaling_high_turns={model['rope_scaling_high_turns']} must be above"
-            f" model.rope_scaling_low_turns={model['rope_scaling_low_turns']}"
-        )
-    _at_least("model.rope_scaling_original_length", model["rope_scaling_original_length"], 1)
-
-
-def _sync_schedule(stages: Sequence, layers: int) -> tuple[Stage, ...]:
-    name, resolved = "train.sync_schedule", []
-    for stage in stages:
-        if not isinstance(stage, (tuple, list)) or len(stage) != 2 or type(stage[0]) is not int:
-            raise InputError(
-                f"{name}: {stage!r} must be a pair (last step, factor) with a whole step, as in"
-                " ((500, 1.0),)"
-            )
-        until, factor = stage
-        _at_least(f"{name}: last step", until, resolved[-1].until + 1 if resolved else 0)
-        factors = _sync_factors(f"{name} (to step {until})", factor, layers)
-        resolved.append(Stage(until, factors))
-    return tuple(resolved)
-
-
-def _sync_factors(name: str, given: float | Sequence, layers: int) -> SyncFactors:
-    """Of one factor for every sublayer, or of an entry for each layer."""
-    entries = tuple(given) if isinstance(given, (tuple, list)) else (given,) * layers
-    if len(entries) != layers:
-        raise InputError(
-            f"{name} has {len(entries)} entries; it must have one for each of the"
-            f" model.layers={layers}"
-        )
-    pairs = []
-    for entry in entries:
-        pair = tuple(entry) if isinstance(entry, (tuple, list)) else (entry, entry)
-        if len(pair) != 2 or not all(isinstance(p, (int, float)) for p in pair):
-            raise InputError(
-                f"{name}: {entry!r} must be a number or a pair of numbers (attention, MLP)"
-            )
-        for p in pair:
-            if not 0 <= p <= 1:
-                raise InputError(f"{name}={p} is outside [0, 1]")
-        pairs.append((float(pair[0]), float(pair[1])))
-    return tuple(pairs)
-
-
 def _compute(fields: dict[str, Any], model: Architecture) -> Compute:
     fields["forward_wire_dtype"] = fields["forward_wire_dtype"] or fields["dtype"]
     for field in ("dtype", "forward_wire_dtype", "backward_wire_dtype"):
-        _one_of(f"compute.{field}", fields[field], DTYPES)
-    _one_of("compute.attention", fields["attention"], ATTENTION)
+        one_of(f"compute.{field}", fields[field], DTYPES)
+    one_of("compute.attention", fields["attention"], ATTENTION)
     compute = Compute(**fields)
     if compute.attention == "cudnn" and not cudnn_takes(model, compute):
         raise InputError(
@@ -491,7 +356,7 @@ def _check_mesh(mesh: MeshConfig, tp_shards: int) -> None:
             f"mesh.model={mesh.model} does not divide model.tp_shards={tp_shards};"
             f" allowed: {', '.join(map(str, divisors))}"
         )
-    _at_least("mesh.simulated_devices", mesh.simulated_devices, 0, LARGEST_SIMULATED_DEVICES)
+    at_least("mesh.simulated_devices", mesh.simulated_devices, 0, LARGEST_SIMULATED_DEVICES)
 
 
 def _check_data(data: DataConfig) -> None:
@@ -499,20 +364,20 @@ def _check_data(data: DataConfig) -> None:
         raise InputError(
             f"data.tfds_name={data.tfds_name} and data.files={data.files} are both given; give one"
         )
-    _at_least("data.sequence_length", data.sequence_length, 1)
-    _at_least("data.holdout_every", data.holdout_every, 2)
-    _one_of("data.encoding_errors", data.encoding_errors, ("strict", "replace", "ignore"))
+    at_least("data.sequence_length", data.sequence_length, 1)
+    at_least("data.holdout_every", data.holdout_every, 2)
+    one_of("data.encoding_errors", data.encoding_errors, ("strict", "replace", "ignore"))
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    _above_zero("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
+    above_zero("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
     if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
         raise InputError(
             f"optimizer.final_learning_rate={optimizer.final_learning_rate} is outside"
             f" [0, optimizer.peak_learning_rate={optimizer.peak_learning_rate}]"
         )
-    _at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
-    _at_least("optimizer.decay_steps", optimizer.decay_steps, 1)
+    at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    at_least("optimizer.decay_steps", optimizer.decay_steps, 1)
     if optimizer.decay_steps <= optimizer.warmup_steps:
         raise InputError(
             f"optimizer.decay_steps={optimizer.decay_steps} (train.steps when -1) must be above"
@@ -524,10 +389,10 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
                 f"optimizer.{field}={getattr(optimizer, field)} is outside [0, 1), where"
                 f" {LARGEST_BELOW_ONE} is the largest"
             )
-    _above_zero("optimizer.epsilon", optimizer.epsilon)
+    above_zero("optimizer.epsilon", optimizer.epsilon)
     if optimizer.gradient_clip_norm != math.inf:
-        _above_zero("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm)
-    _within("optimizer.weight_decay", optimizer.weight_decay, 0)
+        above_zero("optimizer.gradient_clip_norm", optimizer.gradient_clip_norm)
+    within("optimizer.weight_decay", optimizer.weight_decay, 0)
 
 
 def _check_train(train: TrainConfig) -> None:
@@ -540,38 +405,8 @@ def _check_train(train: TrainConfig) -> None:
         "checkpoint_every",
         "checkpoints_to_keep",
     ):
-        _at_least(f"train.{field}", getattr(train, field), 1)
+        at_least(f"train.{field}", getattr(train, field), 1)
     for field in ("eval_sequences", "profile_step"):
         if getattr(train, field) != -1:
-            _at_least(f"train.{field}", getattr(train, field), 1)
-    _at_least("train.skipped_updates_allowed", train.skipped_updates_allowed, 0)
-
-
-def _at_least(name: str, value: int, smallest: int, largest: int = LARGEST_INTEGER) -> None:
-    if value < smallest:
-        raise InputError(f"{name}={value} must be at least {smallest}")
-    if value > largest:
-        raise InputError(f"{name}={value} must be at most {largest}")
-
-
-def _within(name: str, value: float, smallest: float) -> None:
-    # `not <=` rather than `>`: it also refuses nan.
-    if not smallest <= value <= LARGEST_FLOAT:
-        raise InputError(f"{name}={value} must be at least {smallest}, at most {LARGEST_FLOAT}")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not SMALLEST_FLOAT <= value <= LARGEST_FLOAT:
-        raise InputError(
-            f"{name}={value} must be above 0: from {SMALLEST_FLOAT} to {LARGEST_FLOAT}"
-        )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    below, above = value // divisor * divisor, math.ceil(value / divisor) * divisor
-    return f"{below} or {above}" if below else str(above)
+            at_least(f"train.{field}", getattr(train, field), 1)
+    at_least("train.skipped_updates_allowed", train.skipped_updates_allowed, 0)
