@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,7 +263,7 @@ def _plot_by_value(panel: Axes, plan: Plan, summaries: Sequence[Summary]) -> Non
             [at[s.setting[place]] for s in line],
             [s.loss for s in line],
             yerr=[s.spread for s in line],
-            label=_label(names, others) or None,
+            label=textwrap.fill(_label(names, others), 40) or None,
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
             capsize=3,
@@ -271,7 +272,7 @@ def _plot_by_value(panel: Axes, plan: Plan, summaries: Sequence[Summary]) -> Non
         panel.set_xticks(list(at.values()), [str(value) for value in values], fontsize=8)
     panel.set(xlabel=_short(plan.compared), title="Last validation loss; bars: spread over seeds")
     if len(plan.fields) > 1:
-        panel.legend(edgecolor="none")
+        panel.legend(fontsize=8, edgecolor="none")
 
 
 def _others(plan: Plan, setting: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -155,7 +155,7 @@ VARYING = ("a", "b")
             "collective-permute", ("b",), 2, 96, 96,
         ),
     ],
-    ids=str,
+    ids=lambda value: "function" if callable(value) else str(value),
 )  # fmt: skip
 def test_collective(function, kind, axes, size, payload, wire):
     (found,) = collectives(function, (8, 3), axes=VARYING).collectives
