@@ -128,16 +128,26 @@ class _Job:
         lines = (self._folder / _LOG_FILE).read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"exit code {self._process.returncode}"
 
-    def stop(self) -> None:
-        """Asks for a checkpoint and the end, and waits for it."""
+    def ask_to_stop(self) -> None:
+        """After a checkpoint."""
         if self.is_running():
             self._process.terminate()
+
+    def wait(self) -> None:
+        """For its end."""
         self._process.wait()
+
+
+def _stop(jobs: list[_Job]) -> None:
+    for job in jobs:
+        job.ask_to_stop()
+    for job in jobs:
+        job.wait()
 
 
 def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
     """Does the runs that are not done; returns the failed ones' last lines by name."""
-    steps = {run.name: run.config.train.steps for run in plan.runs}
+    steps = sum(run.config.train.steps for run in plan.runs)
     waiting = [run for run in plan.runs if not (run_folder(workdir, run) / RESULT_FILE).exists()]
     running: list[_Job] = []
     failed = {}
@@ -145,9 +155,9 @@ def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
     with (
         StopRequest() as stop_request,
         contextlib.ExitStack() as stack,
-        tqdm.tqdm(total=sum(steps.values()), unit="step", dynamic_ncols=True, disable=None) as bar,
+        tqdm.tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar,
     ):
-        stack.callback(lambda: [job.stop() for job in running])
+        stack.callback(_stop, running)
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(_Job(waiting.pop(0), workdir, free.pop()))
