@@ -14,7 +14,7 @@ from scipy import stats
 from caat_jax import config as config_lib
 from caat_jax import sweep_plan, sweep_report
 from caat_jax.errors import InputError
-from configs import base, sweep, sweep_half
+from configs import base, sweep, sweep_half, sweep_quarter
 from tests import runs
 from tests.command_line import REPOSITORY, assert_refused, start_forked, write_texts
 from tests.runs import Run
@@ -177,6 +177,16 @@ def test_shipped_halves():
         schedule = run.settings["train.sync_schedule"]
         expected = {1200: {all_channels}, 600: {all_channels, all_channels // 2}}
         assert widths == (expected[schedule[0][0]] if schedule else {all_channels // 2})
+
+
+def test_shipped_quarters():
+    plan = sweep_plan.resolve(sweep_quarter.get_config())
+    assert len(plan.runs) == 12
+    for run in plan.runs:
+        widths = [sum(map(sum, run.config.at_step(n).model.sync_widths)) for n in (600, 601)]
+        all_channels = 4 * 2 * 128
+        first = 1 if run.settings["train.sync_schedule"] else 0.25
+        assert widths == [first * all_channels, 0.25 * all_channels]
 
 
 def grid(**changes):
