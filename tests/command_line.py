@@ -4,6 +4,7 @@ A command runs in a process forked from one that has imported everything and don
 (`multiprocessing`'s fork server).
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -70,7 +71,12 @@ def _run_script(command, folder, outputs, environment):
     sys.argv = list(command)
     for path, stream in zip(outputs, (sys.stdout, sys.stderr), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
+    try:
+        runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
+    finally:
+        # An interpreter's last act, in which JAX waits for the run's other processes;
+        # `multiprocessing` leaves it out.
+        atexit._run_exitfuncs()
 
 
 def run_as_users_do(*command):
