@@ -6,8 +6,9 @@ python -m benchmarks.link_workers torch - HOSTS HOST PORT SIZES
 
 PORT is free on host0; SIZES is a JSON object of `Sizes`.  A worker that has compiled says so in a
 line of JSON, then does the workload that it reads the name of, together with the other hosts'
-workers, and answers with the milliseconds of each of its parts.  The torch peer needs torch,
-transformers and accelerate, and none of this project's packages.
+workers, and answers with the milliseconds of each of its parts; after "profile" and a name, with
+those that `link_profile` found.  The torch peer needs torch, transformers and accelerate, and none
+of this project's packages.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import link_profile
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -29,6 +32,19 @@ class Place:
     hosts: int
     host: int
     port: int  # of process 0's host, host0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A batch of prompts and how they are continued; parts are named after `prompts`."""
+
+    batch: int
+    prompt_length: int
+    new_tokens: int
+
+    @property
+    def prompts(self) -> str:
+        return f"{self.batch}x{self.prompt_length}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +58,14 @@ class Sizes:
     vocab_size: int
     train_batch: int
     train_length: int
-    prompts: tuple[int, ...]  # batch sizes of generation
-    prompt_length: int
-    new_tokens: int
+    generations: tuple[Generation, ...]
+
+    @classmethod
+    def from_json(cls, text: str) -> "Sizes":
+        """Of `json.dumps(dataclasses.asdict(sizes))`."""
+        fields = json.loads(text)
+        generations = tuple(Generation(**case) for case in fields.pop("generations"))
+        return cls(generations=generations, **fields)
 
 
 # What a worker does when asked: the milliseconds of its parts, such as {"train": 812.5}.
@@ -67,14 +88,13 @@ def build_ours(p: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
     inference = generator.programs
     traces = {"train": programs.trace_train_step()}
     workloads: Workloads = {"train": lambda: {"train": _milliseconds(step)}}
-    for batch in sizes.prompts:
-        prompts = _prompts(sizes, batch).tolist()
-        workloads[f"generate {batch}"] = functools.partial(
-            _generation, lambda prompts=prompts: _stream(generator, prompts, sizes), batch, sizes
-        )
-        cache = sizes.prompt_length + sizes.new_tokens
-        traces[f"prefill {batch}"] = inference.trace_prefill(batch, sizes.prompt_length)
-        traces[f"decode {batch}"] = inference.trace_decode(batch, cache)
+    for case in sizes.generations:
+        prompts = _prompts(sizes, case).tolist()
+        stream = functools.partial(generator.stream, prompts, max_new_tokens=case.new_tokens)
+        workloads[f"generate {case.prompts}"] = functools.partial(_generation, stream, case)
+        cache = case.prompt_length + case.new_tokens
+        traces[f"prefill {case.prompts}"] = inference.trace_prefill(case.batch, case.prompt_length)
+        traces[f"decode {case.prompts}"] = inference.trace_decode(case.batch, cache)
     sent = {name: operations.count(trace.jaxpr).wire_bytes for name, trace in traces.items()}
     return workloads, {"versions": f"jax {jax.__version__}", "wire_bytes": sent}
 
@@ -143,10 +163,12 @@ def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, d
     )
     step = _train_step(train_step, state, _batch(sizes, programs.batch_sharding))
     workloads: Workloads = {"train": lambda: {"train": _milliseconds(step)}}
-    for batch in sizes.prompts:
-        prompts = _prompts(sizes, batch)
-        workloads[f"generate {batch}"] = lambda prompts=prompts, batch=batch: {
-            f"prefill {batch}": _milliseconds(lambda: jax.block_until_ready(forward(kept, prompts)))
+    for case in sizes.generations:
+        prompts = _prompts(sizes, case)
+        workloads[f"generate {case.prompts}"] = lambda prompts=prompts, case=case: {
+            f"prefill {case.prompts}": _milliseconds(
+                lambda: jax.block_until_ready(forward(kept, prompts))
+            )
         }
     return workloads, {"versions": f"jax {jax.__version__}"}
 
@@ -181,18 +203,18 @@ def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
         model = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
 
     @torch.inference_mode()
-    def stream(prompts: torch.Tensor) -> Any:
+    def stream(prompts: torch.Tensor, new_tokens: int) -> Any:
         result = model(prompts, use_cache=True, logits_to_keep=1)
-        for _ in range(sizes.new_tokens):
+        for _ in range(new_tokens):
             tokens = result.logits[:, -1:].argmax(-1)
             yield int(tokens[0])
             result = model(tokens, past_key_values=result.past_key_values, use_cache=True)
 
     workloads: Workloads = {}
-    for batch in sizes.prompts:
-        prompts = torch.from_numpy(_prompts(sizes, batch)).long()
-        workloads[f"generate {batch}"] = functools.partial(
-            _generation, lambda prompts=prompts: stream(prompts), batch, sizes
+    for case in sizes.generations:
+        prompts = torch.from_numpy(_prompts(sizes, case)).long()
+        workloads[f"generate {case.prompts}"] = functools.partial(
+            _generation, functools.partial(stream, prompts, case.new_tokens), case
         )
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return workloads, {"versions": versions}
@@ -222,7 +244,8 @@ def _programs(p: float, place: Place, sizes: Sizes) -> Any:
     config.compute.scan_layers = False
     config.mesh.update(data=1, fsdp=1, model=place.hosts)
     config.train.global_batch = sizes.train_batch
-    config.data.sequence_length = max(sizes.train_length, sizes.prompt_length + sizes.new_tokens)
+    longest = max((g.prompt_length + g.new_tokens for g in sizes.generations), default=0)
+    config.data.sequence_length = max(sizes.train_length, longest)
     resolved = config_lib.resolve(config)
     return Programs(resolved, sharding.create_mesh(resolved.mesh))
 
@@ -247,16 +270,12 @@ def _batch(sizes: Sizes, sharding: Any) -> Any:
     return jax.make_array_from_callback(shape, sharding, lambda index: rows[index])
 
 
-def _prompts(sizes: Sizes, batch: int) -> np.ndarray:
-    shape = batch, sizes.prompt_length
+def _prompts(sizes: Sizes, case: Generation) -> np.ndarray:
+    shape = case.batch, case.prompt_length
     return np.random.default_rng(0).integers(sizes.vocab_size, size=shape, dtype=np.int32)
 
 
-def _stream(generator: Any, prompts: list, sizes: Sizes) -> Any:
-    return generator.stream(prompts, max_new_tokens=sizes.new_tokens)
-
-
-def _generation(stream: Callable[[], Any], batch: int, sizes: Sizes) -> dict[str, float]:
+def _generation(stream: Callable[[], Any], case: Generation) -> dict[str, float]:
     """Until the first token, and for each of the others."""
     start = time.perf_counter()
     tokens = iter(stream())
@@ -264,11 +283,19 @@ def _generation(stream: Callable[[], Any], batch: int, sizes: Sizes) -> dict[str
     first = time.perf_counter()
     rest = sum(1 for _ in tokens)
     end = time.perf_counter()
-    assert rest == sizes.new_tokens - 1
+    assert rest == case.new_tokens - 1
     return {
-        f"prefill {batch}": 1000 * (first - start),
-        f"decode {batch}": 1000 * (end - first) / rest,
+        f"prefill {case.prompts}": 1000 * (first - start),
+        f"decode {case.prompts}": 1000 * (end - first) / rest,
     }
+
+
+def _steps(sizes: Sizes) -> dict[str, int]:
+    """How many of each part a workload does."""
+    parts = {"train": 1}
+    for case in sizes.generations:
+        parts |= {f"prefill {case.prompts}": 1, f"decode {case.prompts}": case.new_tokens - 1}
+    return parts
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
@@ -281,14 +308,20 @@ def main() -> None:
     # Replies go to what was standard output; whatever libraries print goes to standard error.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    system, variant, *place, sizes = sys.argv[1:]
+    system, variant, *place, sizes_json = sys.argv[1:]
     build = {"ours": build_ours, "dense": build_dense, "torch": build_torch}[system]
-    workloads, about = build(variant, Place(*map(int, place)), Sizes(**json.loads(sizes)))
+    sizes = Sizes.from_json(sizes_json)
+    workloads, about = build(variant, Place(*map(int, place)), sizes)
     for workload in workloads.values():
         workload(), workload()
     print(json.dumps({"workloads": list(workloads), **about}), file=replies)
     for line in sys.stdin:
-        print(json.dumps(workloads[line.strip()]()), file=replies)
+        name = line.strip()
+        if (workload := name.removeprefix("profile ")) != name:
+            answer = link_profile.profile(workloads[workload], _steps(sizes))
+        else:
+            answer = workloads[name]()
+        print(json.dumps(answer), file=replies)
     # Nobody waits for anybody: all have been told to end.
     os._exit(0)
 

@@ -24,7 +24,9 @@ from caat_jax.inference_step import InferencePrograms
 from caat_jax.sampling import Sampling, sampling
 from caat_jax.train_step import wait_if_simulated
 
-SHORTEST_BUCKET = 64
+# Every length has programs of its own.  A short cache costs little; a prompt's filling is computed
+# and sent like the rest of it.
+SHORTEST_PROMPTS, SHORTEST_CACHE = 8, 64
 # Tokens of each sequence from one call of a program: the host waits for them together.  Those
 # behind the end of a sequence are computed in vain.
 STEPS_PER_CALL = 8
@@ -146,7 +148,7 @@ class Generator:
         rows = math.ceil(len(prompts) / self._rows_multiple) * self._rows_multiple
         lengths = np.ones(rows, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        slots = bucket(int(lengths.max()))
+        slots = bucket(int(lengths.max()), SHORTEST_PROMPTS)
         filled = np.zeros((rows, slots), np.int32)
         for row, prompt in zip(filled, prompts, strict=False):
             row[: len(prompt)] = prompt
@@ -156,7 +158,7 @@ class Generator:
                 self._on_mesh(filled),
                 self._on_mesh(lengths),
                 settings,
-                cache_length=bucket(slots + calls * STEPS_PER_CALL),
+                cache_length=bucket(slots + calls * STEPS_PER_CALL, SHORTEST_CACHE),
                 kind=settings.kind,
             )
         )
@@ -195,9 +197,9 @@ def check_settings(
     return sampling(temperature, top_k, top_p, seed)
 
 
-def bucket(length: int) -> int:
-    """The smallest of 64, 128, 256, … that is at least `length`."""
-    return next(n for n in map(SHORTEST_BUCKET.__lshift__, itertools.count()) if n >= length)
+def bucket(length: int, shortest: int) -> int:
+    """The first of `shortest`, its double, that one's double, … that is at least `length`."""
+    return next(n for n in map(shortest.__lshift__, itertools.count()) if n >= length)
 
 
 def _until_ended(

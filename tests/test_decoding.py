@@ -393,4 +393,4 @@ def test_no_matrix_is_rearranged_for_a_token(p):
 
 
 def test_buckets():
-    assert [decoding.bucket(n) for n in (1, 64, 65, 128, 1000)] == [64, 64, 128, 128, 1024]
+    assert [decoding.bucket(n, 64) for n in (1, 64, 65, 128, 1000)] == [64, 64, 128, 128, 1024]

@@ -1,6 +1,8 @@
 """The rig of `benchmarks/links.py`: hosts that are network namespaces of this machine."""
 
+import collections
 import csv
+import itertools
 import json
 import os
 import signal
@@ -11,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import network
+from benchmarks import link_profile, links_report, network
 from tests.command_line import REPOSITORY
 
 LAYERS, WIDTH, BATCH, LENGTH, HOSTS = 2, 64, 2, 32, 2
 SMALL = [
     *("--hosts=2", "--p=0.5", "--rate=100mbit", "--rounds=1", "--no_baselines"),
     *(f"--layers={LAYERS}", f"--embed_dim={WIDTH}", f"--train_batch={BATCH}"),
-    *(f"--length={LENGTH}", "--prompts=2", "--prompt_length=8", "--new_tokens=9"),
+    *(f"--length={LENGTH}", "--generate=2x8+9"),
 ]
 
 needs_hosts = pytest.mark.skipif(
@@ -55,26 +57,50 @@ def test_two_hosts(tmp_path):
     with (tmp_path / "links.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert (tmp_path / "links.png").stat().st_size > 10_000
-    parts, rates = ["train", "prefill 2", "decode 2"], ["none", "100mbit"]
-    found = [(row["part"], row["rate"], row["p"]) for row in rows]
-    assert sorted(found) == sorted((part, r, p) for part in parts for r in rates for p in (1, 0.5))
+    parts, rates = ["train", "prefill 2x8", "decode 2x8"], ["none", "100mbit"]
+    systems = ["caat_jax, p = 1", "caat_jax, p = 0.5"]
+    found = [(row["part"], row["rate"], row["system"]) for row in rows]
+    assert sorted(found) == sorted(itertools.product(parts, rates, systems))
     assert "train, link 100mbit" in said
 
     # Half of the channels of two sublayers a layer, forward and, in training, backward; an
     # all-reduce sends 2 (M - 1)/M of its array.
-    wire = {(row["part"], row["p"]): row["wire_bytes"] for row in rows}
-    tokens = {"train": 2 * BATCH * LENGTH, "prefill 2": 2 * 8, "decode 2": 2}
+    wire = {(row["part"], row["system"]): row["wire_bytes"] for row in rows}
+    tokens = {"train": 2 * BATCH * LENGTH, "prefill 2x8": 2 * 8, "decode 2x8": 2}
     for part, count in tokens.items():
         saved = 2 * LAYERS * count * WIDTH // 2 * 4 * 2 * (HOSTS - 1) / HOSTS
-        assert wire[part, 1] - wire[part, 0.5] == saved
+        assert wire[part, systems[0]] - wire[part, systems[1]] == saved
     for row in rows:
-        link_ms = 0 if row["rate"] == "none" else row["wire_bytes"] * 8 / 100e6 * 1e3
-        (compute,) = [
-            r["ms"]
-            for r in rows
-            if (r["part"], r["rate"], r["p"]) == (row["part"], "none", row["p"])
-        ]
-        assert row["bound_ms"] == pytest.approx(compute + link_ms)
+        collective, operation = row["profile_collective_ms"], row["profile_operation_ms"]
+        assert collective > 0 and operation > 0
+        assert collective + operation < row["profile_total_ms"]
+
+
+def test_bounds():
+    """Figures by hand: 1 MB at 100 Mbit/s takes 80 ms."""
+    wire_bytes = {"caat_jax, p = 1": {"train": 1e6}, "caat_jax, p = 0.5": {"train": 0.5e6}}
+    measured = links_report.Measurements({"none": None, "100mbit": 100.0}, wire_bytes)
+    measured.profiles = collections.defaultdict(dict)
+    times = {
+        ("none", "caat_jax, p = 1"): [20, 10, 30],
+        ("none", "caat_jax, p = 0.5"): [10, 20, 60],
+        ("100mbit", "caat_jax, p = 1"): [100, 120, 140],
+        ("100mbit", "caat_jax, p = 0.5"): [100, 60, 60],
+    }
+    for (rate, system), milliseconds in times.items():
+        for value in milliseconds:
+            measured.add_time(rate, system, "train", value)
+    row = measured.rows()[-1]
+    assert (row["rate"], row["system"], row["ms"]) == ("100mbit", "caat_jax, p = 0.5", 60)
+    assert row["speed_up"] == 2  # of the rounds' 1, 2, 2.33
+    assert (row["link_ms"], row["bound_ms"]) == (40, 60)
+    assert row["bound_speed_up"] == pytest.approx(100 / 60)
+    assert row["reached"] == pytest.approx(1.2)
+    assert row["communication_to_compute"] == 2
+
+
+def test_intervals_are_not_counted_twice():
+    assert link_profile.covered([(5, 6), (0, 2), (1, 3), (2, 3), (8, 9)]) == 5
 
 
 @needs_hosts
@@ -101,7 +127,8 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path, number):
         (["--rate=0mbit"], "--rate=0mbit"),
         (["--p=1.5"], "--p=1.5 must be in [0, 1]"),
         (["--embed_dim=20"], "--embed_dim=20 must be a multiple of 8 times --hosts=2"),
-        (["--prompts=0"], "--prompts=0 must be numbers above 0"),
+        (["--generate=0x8+2"], "--generate=0x8+2 must be prompts x tokens"),
+        (["--generate=2x8+1"], "--generate=2x8+1 must be"),
     ],
     ids=str,
 )

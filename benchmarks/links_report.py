@@ -1,0 +1,228 @@
+"""What `links.py` measured: speed-ups, their bounds and where the time went; tables, a picture."""
+
+import csv
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from caat_jax.plot import COLOURS, MARKERS
+
+WORKLOADS = ("train", "prefill", "decode")
+NO_LIMIT = "none"
+
+
+def our_name(p: float) -> str:
+    """Of this project's system with the factor p."""
+    return f"caat_jax, p = {p:g}"
+
+
+BASE = our_name(1.0)
+
+
+def workload_of(part: str) -> str:
+    """One of `WORKLOADS`: the first word of a part, such as "prefill 16x32"."""
+    return part.split()[0]
+
+
+class Measurements:
+    """Times and profiles, by (rate, system, part)."""
+
+    def __init__(self, rates: dict[str, float | None], wire_bytes: dict[str, dict[str, float]]):
+        """Rates in Mbit/s, by name; the bytes that a host sends in a step, by system and part."""
+        self.rates, self.wire_bytes = rates, wire_bytes
+        self.times: dict[tuple[str, str, str], list[float]] = {}
+        self.profiles: dict[tuple[str, str, str], dict[str, float]] = {}
+
+    def add_time(self, rate: str, system: str, part: str, milliseconds: float) -> None:
+        """Of one more round."""
+        self.times.setdefault((rate, system, part), []).append(milliseconds)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each part, rate and system; times in milliseconds."""
+        rows = [self._row(*key) for key in self.times]
+        systems = list(self.wire_bytes)
+        return sorted(
+            rows,
+            key=lambda row: (
+                *_part_order(row["part"]),
+                list(self.rates).index(row["rate"]),
+                systems.index(row["system"]),
+            ),
+        )
+
+    def _row(self, rate: str, system: str, part: str) -> dict[str, Any]:
+        times = self.times[rate, system, part]
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        ratios = [b / ms for b, ms in zip(self.times[rate, BASE, part], times, strict=True)]
+        row = {
+            "part": part,
+            "rate": rate,
+            "system": system,
+            "ms": statistics.median(times),
+            "ms_quartiles": [quartiles[0], quartiles[2]],
+            "speed_up": statistics.median(ratios),
+        }
+        if part not in self.wire_bytes[system]:
+            return row
+        bound, base_bound = self._bound(rate, system, part), self._bound(rate, BASE, part)
+        row |= {
+            "wire_bytes": self.wire_bytes[system][part],
+            "link_ms": self._link_milliseconds(rate, system, part),
+            "communication_to_compute": row["ms"] / self._without_limit(system, part) - 1,
+            "bound_ms": bound,
+            "bound_speed_up": base_bound / bound,
+            "reached": row["speed_up"] / (base_bound / bound),
+        }
+        profile = self.profiles[rate, system, part]
+        return row | {f"profile_{name}_ms": value for name, value in profile.items()}
+
+    def _bound(self, rate: str, system: str, part: str) -> float:
+        return self._without_limit(system, part) + self._link_milliseconds(rate, system, part)
+
+    def _without_limit(self, system: str, part: str) -> float:
+        return statistics.median(self.times[NO_LIMIT, system, part])
+
+    def _link_milliseconds(self, rate: str, system: str, part: str) -> float:
+        megabits = self.rates[rate]
+        bits = self.wire_bytes[system][part] * 8
+        return 0.0 if megabits is None else 1000 * bits / (megabits * 1e6)
+
+
+def print_rate(measured: Measurements, rate: str) -> None:
+    """A table for each part."""
+    rows = [row for row in measured.rows() if row["rate"] == rate]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        print(f"\n{part}, link {rate}; in collectives and computing: of one profiled run")
+        print(
+            f"{'':32}{'ms':>9} {'speed-up':>8} {'bound':>6} {'reached':>7} {'link ms':>8}"
+            f" {'in coll.':>8} {'comput.':>8}"
+        )
+        for row in rows:
+            if row["part"] != part:
+                continue
+            print(f"{row['system']:32}{row['ms']:9.1f} {row['speed_up']:8.2f}", end="")
+            if "bound_ms" in row:
+                print(
+                    f" {row['bound_speed_up']:6.2f} {row['reached']:7.2f} {row['link_ms']:8.1f}"
+                    f" {row['profile_collective_ms']:8.1f} {row['profile_operation_ms']:8.1f}",
+                    end="",
+                )
+            print()
+
+
+def write(measured: Measurements, about: dict[str, Any], output: Path) -> None:
+    """OUTPUT.json, OUTPUT.csv, OUTPUT.md and OUTPUT.png."""
+    paths = [output.with_name(output.name + suffix) for suffix in (".json", ".csv", ".md", ".png")]
+    json_path, csv_path, markdown_path, png_path = paths
+    rows = measured.rows()
+    json_path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    markdown_path.write_text("\n".join(markdown_tables(rows).values()))
+    with csv_path.open("w", newline="") as file:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    _plot(rows, measured.rates, png_path)
+    print(f"\nwritten: {', '.join(map(str, paths))}", flush=True)
+
+
+def markdown_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The same for a page: "speed-up" of p < 1, "others" than this project, "time" spent."""
+    parts, rates, systems = (
+        list(dict.fromkeys(row[name] for row in rows)) for name in ("part", "rate", "system")
+    )
+    cells = {(row["part"], row["system"], row["rate"]): row for row in rows}
+
+    def table(heads: list[str], lines: list[list[str]]) -> str:
+        rules = ["---"] * 2 + ["--:"] * (len(heads) - 2)
+        return "".join(f"| {' | '.join(line)} |\n" for line in [heads, rules, *lines])
+
+    def by_rate(chosen: list[str], cell: Callable[[dict[str, Any]], str]) -> str:
+        lines = [
+            [part, system, *(cell(cells[part, system, rate]) for rate in rates)]
+            for part in parts
+            for system in chosen
+            if (part, system, rates[0]) in cells
+        ]
+        return table(["", "", *rates], lines)
+
+    ours = [row["system"] for row in rows if "bound_ms" in row]
+    others = [system for system in systems if system not in ours]
+    time_lines = [
+        [
+            row["part"],
+            row["system"],
+            row["rate"],
+            *(f"{value:,.0f}" for value in _times_spent(row)),
+        ]
+        for row in rows
+        if "bound_ms" in row
+    ]
+    return {
+        "speed-up": by_rate(
+            [system for system in systems if system in ours and system != BASE],
+            lambda row: f"{row['speed_up']:.2f} ({row['bound_speed_up']:.2f})",
+        ),
+        "others": by_rate(
+            [BASE, *others],
+            lambda row: (
+                f"{row['ms']:,.0f} ms" if row["system"] == BASE else f"{1 / row['speed_up']:.2f}"
+            ),
+        ),
+        "time": table(
+            [
+                "",
+                "",
+                "link",
+                "ms",
+                "of bytes",
+                "profiled",
+                "in collectives",
+                "computing",
+                "neither",
+            ],
+            time_lines,
+        ),
+    }
+
+
+def _times_spent(row: dict[str, Any]) -> list[float]:
+    total, collective, operation = (
+        row[f"profile_{name}_ms"] for name in ("total", "collective", "operation")
+    )
+    return [row["ms"], row["link_ms"], total, collective, operation, total - collective - operation]
+
+
+def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path) -> None:
+    """Speed-up over p = 1 against the rate of the link, with the bound."""
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    ours = list(dict.fromkeys(row["system"] for row in rows if "bound_ms" in row))
+    measured = {row["rate"] for row in rows}
+    ticks = sorted(measured, key=lambda rate: rates[rate] or float("inf"))
+    figure = Figure(figsize=(2.8 * len(parts), 3.4), layout="tight")
+    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for panel, part in zip(panels, parts, strict=True):
+        for number, system in enumerate(ours):
+            chosen = {r["rate"]: r for r in rows if (r["part"], r["system"]) == (part, system)}
+            style = {"color": COLOURS[number % len(COLOURS)]}
+            marker = MARKERS[number % len(MARKERS)]
+            gains = [chosen[rate]["speed_up"] for rate in ticks]
+            panel.plot(ticks, gains, marker=marker, label=system.split(", ")[1], **style)
+            panel.plot(ticks, [chosen[rate]["bound_speed_up"] for rate in ticks], ":", **style)
+        panel.set_title(part, fontsize=10)
+        panel.set_xlabel("link")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("times as fast as p = 1")
+    panels[0].plot([], [], ":", color="gray", label="bound")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _part_order(part: str) -> tuple[int, ...]:
+    """As in WORKLOADS, then by batch."""
+    return WORKLOADS.index(workload_of(part)), *map(int, re.findall(r"\d+", part))
