@@ -141,3 +141,10 @@ def test_bad_input(tmp_path, arguments, said):
 def test_a_machine_that_cannot(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert network.unavailable() == "there is no ip; on Debian and Ubuntu: apt-get install iproute2"
+
+
+def test_tables_of_the_docs_are_those_of_the_results():
+    rows = json.loads((REPOSITORY / "docs/links.json").read_text())["rows"]
+    page = (REPOSITORY / "docs/benchmarks.md").read_text()
+    for name, table in links_report.markdown_tables(rows).items():
+        assert table in page, name
