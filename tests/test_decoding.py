@@ -297,18 +297,24 @@ def test_of_equal_logits_the_lowest_id_is_greedy():
 # ---- Programs ---------------------------------------------------------------------------------
 
 
-def test_nothing_is_compiled_twice():
+def test_a_bucket_of_prompts_is_compiled_once():
     config = models.small_config(
         model=dict(tp_shards=8, sync_factor=0.5), mesh=dict(model=8), global_batch=8
     )
     generator = generator_of(config)
     programs = generator.programs
-    for lengths in ((3, 9), (1, 2), (12, 13)):
-        for temperature in (0.5, 2.0):
-            generator.generate(
-                prompts_of(lengths), max_new_tokens=15, temperature=temperature, seed=len(lengths)
-            )
-    assert programs.prefill._cache_size() == programs.decode._cache_size() == 1
+
+    def compiled_after(*batches):
+        for lengths in batches:
+            for temperature in (0.5, 2.0):
+                generator.generate(
+                    prompts_of(lengths), max_new_tokens=15, temperature=temperature, seed=lengths[0]
+                )
+        return programs.prefill._cache_size(), programs.decode._cache_size()
+
+    assert compiled_after((3, 9), (16, 1), (12, 13)) == (1, 1)
+    # Prompts of up to 8 tokens are another bucket; the cache of 64 positions is the same.
+    assert compiled_after((1, 2), (8, 8)) == (2, 1)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
