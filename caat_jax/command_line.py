@@ -103,6 +103,18 @@ def _or_exit(function: Callable[[], object]) -> object:
         _end(stop)
     except OSError as error:  # a disk that is full, a folder that is not to be read
         _end(InputError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+    except jax.errors.JaxRuntimeError as error:
+        # Of several processes, one that fails must not wait for the others (`caat_jax.processes`).
+        if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:
+            raise
+        reason = _first_line(error).removeprefix("RESOURCE_EXHAUSTED: ")
+        _end(
+            InputError(
+                f"it does not fit into a device's memory: {reason} Fewer or shorter sequences at"
+                " a time take less, and so do larger mesh.model and mesh.fsdp; in training also"
+                " compute.remat=True and more train.accumulation_steps"
+            )
+        )
 
 
 def _end(stop: Stop) -> None:
@@ -110,6 +122,10 @@ def _end(stop: Stop) -> None:
     # One line, also where a value that it names has several.
     print(kind + " ".join(str(stop).splitlines()), file=sys.stderr, flush=True)
     sys.exit(stop.exit_code)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].strip()
 
 
 def _last_line(error: Exception) -> str:

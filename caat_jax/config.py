@@ -169,6 +169,10 @@ def resolve(config: ConfigDict) -> Config:
     Raises:
       InputError: naming the field, its value and what is allowed.
     """
+    for name, value in leaves(config):
+        # What a ConfigDict lets a file put into a field of any type.
+        if value is None:
+            raise InputError(f"{name}=None must have a value, such as that in configs/base.py")
     model = checked_architecture(dict(config.model))
     schedule = checked_schedule(config.train.sync_schedule, model.layers)
     train = TrainConfig(**{**config.train, "sync_schedule": schedule})

@@ -129,6 +129,16 @@ def test_refused_as_users_see_it(arguments):
     assert_refused(run_as_users_do(*arguments))
 
 
+def test_what_does_not_fit_into_memory(run, tmp_path):
+    script = tmp_path / "large.py"
+    script.write_text(
+        "import jax.numpy as jnp\n"
+        "from caat_jax import command_line\n"
+        "command_line.run(lambda: jnp.zeros(2**46, jnp.float32).block_until_ready())\n"
+    )
+    assert_refused(run(str(script)), "memory", f"{2**48} bytes")
+
+
 @pytest.mark.parametrize(
     ("name", "source", "said"),
     [

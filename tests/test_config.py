@@ -59,6 +59,8 @@ BAD_FIELDS = [
         {"model__sync_factor_per_layer": (1.0, (0.5, 2.0), 1.0, 1.0)},
         ["model.sync_factor_per_layer=2.0", "[0, 1]"],
     ),
+    ({"model__layers": None}, ["model.layers=None", "configs/base.py"]),
+    ({"train__sync_schedule": None}, ["train.sync_schedule=None", "configs/base.py"]),
     ({"model__heads": 12}, ["model.heads=12", "model.tp_shards=8", "8 or 16"]),
     ({"model__heads": 4}, ["model.heads=4", "model.tp_shards=8", " 8"]),
     ({"model__kv_heads": 12}, ["model.kv_heads=12", "model.tp_shards=8", "8 or 16"]),
