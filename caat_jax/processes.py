@@ -67,6 +67,24 @@ def start() -> None:
             f"the processes did not find each other ({_one_line(error)});"
             " --num_processes=1 runs this one alone"
         ) from error
+    _keep_stdout_for_results()
+
+
+def _keep_stdout_for_results() -> None:
+    """gloo reports its connections on file descriptor 1; from now on that is stderr's file.
+
+    What is printed in Python goes to where it went before.
+    """
+    sys.stdout.flush()
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    sys.stdout = open(
+        results,
+        "w",
+        buffering=1 if os.isatty(results) else -1,
+        encoding=sys.stdout.encoding,
+        errors=sys.stdout.errors,
+    )
 
 
 def join(**place: str | int) -> None:
