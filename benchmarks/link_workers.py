@@ -1,14 +1,15 @@
-"""Workers of `links.py`: one process on each host, all of one system.
+"""Workers of `links.py`: one process on each host, for all variants of one kind of system.
 
-python -m benchmarks.link_workers ours P HOSTS HOST PORT SIZES
-python -m benchmarks.link_workers dense replicated|sequence HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers ours P[,P...] HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers dense replicated,sequence HOSTS HOST PORT SIZES
 python -m benchmarks.link_workers torch - HOSTS HOST PORT SIZES
 
-PORT is free on host0; SIZES is a JSON object of `Sizes`.  A worker that has compiled says so in a
-line of JSON, then does the workload that it reads the name of, together with the other hosts'
-workers, and answers with the milliseconds of each of its parts; after "profile" and a name, with
-those that `link_profile` found.  The torch peer needs torch, transformers and accelerate, and none
-of this project's packages.
+Variants share processes, and so connections: what differs between them is what they compute and
+send.  PORT is free on host0; SIZES is a JSON object of `Sizes`.  A worker that has compiled says
+what it has, by variant, in a line of JSON.  Then it reads requests, [variant, workload, "time" or
+"profile"], does that workload together with the other hosts' workers, and answers with the
+milliseconds of each of its parts, or with those that `link_profile` found.  The torch peer needs
+torch, transformers and accelerate, and none of this project's packages.
 """
 
 import dataclasses
@@ -220,16 +221,22 @@ def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
     return workloads, {"versions": versions}
 
 
-def _programs(p: float, place: Place, sizes: Sizes) -> Any:
-    """Joins the other hosts; `Programs` on a mesh of one device of each."""
-    from caat_jax import config as config_lib
-    from caat_jax import processes, sharding
-    from caat_jax.train_step import Programs
-    from configs import base
+def _join(place: Place) -> None:
+    """The other hosts' JAX."""
+    from caat_jax import processes
 
     processes.join(
         coordinator_address=f"host0:{place.port}", num_processes=place.hosts, process_id=place.host
     )
+
+
+def _programs(p: float, place: Place, sizes: Sizes) -> Any:
+    """Those of a factor, on a mesh of one device of each host."""
+    from caat_jax import config as config_lib
+    from caat_jax import sharding
+    from caat_jax.train_step import Programs
+    from configs import base
+
     config = base.get_config()
     config.model.update(
         layers=sizes.layers,
@@ -308,19 +315,24 @@ def main() -> None:
     # Replies go to what was standard output; whatever libraries print goes to standard error.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    system, variant, *place, sizes_json = sys.argv[1:]
-    build = {"ours": build_ours, "dense": build_dense, "torch": build_torch}[system]
-    sizes = Sizes.from_json(sizes_json)
-    workloads, about = build(variant, Place(*map(int, place)), sizes)
-    for workload in workloads.values():
-        workload(), workload()
-    print(json.dumps({"workloads": list(workloads), **about}), file=replies)
+    kind, variants, *place, sizes_json = sys.argv[1:]
+    build = {"ours": build_ours, "dense": build_dense, "torch": build_torch}[kind]
+    place, sizes = Place(*map(int, place)), Sizes.from_json(sizes_json)
+    if kind != "torch":
+        _join(place)
+    built = {variant: build(variant, place, sizes) for variant in variants.split(",")}
+    for workloads, _ in built.values():
+        for workload in workloads.values():
+            workload(), workload()
+    has = {v: {"workloads": list(workloads), **about} for v, (workloads, about) in built.items()}
+    print(json.dumps(has), file=replies)
     for line in sys.stdin:
-        name = line.strip()
-        if (workload := name.removeprefix("profile ")) != name:
-            answer = link_profile.profile(workloads[workload], _steps(sizes))
+        variant, name, wanted = json.loads(line)
+        workload = built[variant][0][name]
+        if wanted == "profile":
+            answer = link_profile.profile(workload, _steps(sizes))
         else:
-            answer = workloads[name]()
+            answer = workload()
         print(json.dumps(answer), file=replies)
     # Nobody waits for anybody: all have been told to end.
     os._exit(0)

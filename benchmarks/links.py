@@ -4,9 +4,10 @@
         [--workload=train --workload=prefill --workload=decode] [--rounds=5] [--output=links]
         [--generate=1x64+17,64x8+9] [--peer_python=PATH] [--no_baselines]
 
-Hosts are network namespaces of this machine (`network.py`) with one process each, and links of the
-given rate in both directions; S = M = the number of hosts.  Every system is measured without a
-limit and at every rate, once a round, in a random order; `--rate=none` is without a limit only.
+Hosts are network namespaces of this machine (`network.py`), links of the given rate in both
+directions; S = M = the number of hosts.  On each host one process does every p, in random order:
+processes that are alike differ by 5 % in how they share the cores and the network.  Every system is
+measured without a limit and at every rate, once a round; `--rate=none` is without a limit only.
 Then every workload of this project's runs once more under JAX's profiler.  Writes OUTPUT.json,
 OUTPUT.csv and OUTPUT.png.
 
@@ -61,7 +62,10 @@ GENERATE = flags.DEFINE_list(
 )
 
 FIRST_PORT = 12345
-DENSE = ("dense jit, residual replicated", "dense jit, residual by sequence")
+DENSE = {
+    "replicated": "dense jit, residual replicated",
+    "sequence": "dense jit, residual by sequence",
+}
 TORCH = "transformers, torch, tp_plan"
 
 
@@ -71,12 +75,17 @@ def main() -> None:
         raise InputError(f"--p={bad[0]} must be in [0, 1]")
     network.isolate("benchmarks.links")
     hosts = network.Hosts(HOSTS.value)
+    workers: list[Workers] = []
     systems: list[System] = []
     try:
-        for name, kind, variant, python in _system_names(factors):
-            print(f"starting {name}", file=sys.stderr)
+        for kind, variants, python in _kinds(factors):
+            print(f"starting {', '.join(variants.values())}", file=sys.stderr)
             port = FIRST_PORT + len(systems)
-            systems.append(System(name, hosts, python, kind, variant, port, sizes))
+            workers.append(Workers(hosts, python, kind, list(variants), port, sizes))
+            systems += [
+                System(name, workers[-1], variant, is_ours=kind == "ours")
+                for variant, name in variants.items()
+            ]
         measured = Measurements(rates, {system.name: system.wire_bytes for system in systems})
         about = {
             "hosts": HOSTS.value,
@@ -91,8 +100,8 @@ def main() -> None:
             # What there is: a run may be cut off.
             links_report.write(measured, about, Path(OUTPUT.value))
     finally:
-        for system in systems:
-            system.close()
+        for each in workers:
+            each.close()
 
 
 def _sizes() -> Sizes:
@@ -137,37 +146,35 @@ def _rates() -> dict[str, float | None]:
     return rates
 
 
-def _system_names(factors: list[float]) -> list[tuple[str, str, str, str]]:
-    """Name, kind and variant for the worker, Python."""
-    systems = [(links_report.our_name(p), "ours", f"{p}", sys.executable) for p in factors]
+def _kinds(factors: list[float]) -> list[tuple[str, dict[str, str], str]]:
+    """Of workers: the kind, its variants with the names of their systems, the Python."""
+    kinds = [("ours", {f"{p}": links_report.our_name(p) for p in factors}, sys.executable)]
     if not NO_BASELINES.value:
-        for name, variant in zip(DENSE, ("replicated", "sequence"), strict=True):
-            systems.append((name, "dense", variant, sys.executable))
+        kinds.append(("dense", DENSE, sys.executable))
     if PEER_PYTHON.value:
-        systems.append((TORCH, "torch", "-", PEER_PYTHON.value))
-    return systems
+        kinds.append(("torch", {"-": TORCH}, PEER_PYTHON.value))
+    return kinds
 
 
-class System:
+class Workers:
     """One process on each host, which work together when asked."""
 
     def __init__(
         self,
-        name: str,
         hosts: network.Hosts,
         python: str,
         kind: str,
-        variant: str,
+        variants: list[str],
         port: int,
         sizes: Sizes,
     ):
         """Starts them; returns when they have compiled."""
-        self.name, self.is_ours = name, kind == "ours"
         number = len(hosts.names)
+        self._kind = kind
         self._errors = [tempfile.TemporaryFile("w+") for _ in range(number)]
         self._processes = []
         for host in range(number):
-            command = [python, "-m", "benchmarks.link_workers", kind, variant]
+            command = [python, "-m", "benchmarks.link_workers", kind, ",".join(variants)]
             command += [f"{number}", f"{host}", f"{port}", json.dumps(dataclasses.asdict(sizes))]
             self._processes.append(
                 subprocess.Popen(
@@ -179,23 +186,12 @@ class System:
                     text=True,
                 )
             )
-        about = self._answers()[0]
-        self.workloads: list[str] = about["workloads"]
-        self.versions: str = about["versions"]
-        self.wire_bytes: dict[str, float] = about.get("wire_bytes", {})
+        self.has: dict[str, dict[str, Any]] = self._answers()[0]
 
-    def run(self, workload: str) -> dict[str, float]:
-        """Milliseconds of a step of each of its parts, on the slowest host."""
-        answers = self._ask(workload)
-        return {part: max(answer[part] for answer in answers) for part in answers[0]}
-
-    def profile(self, workload: str) -> dict[str, dict[str, float]]:
-        """Of each of its parts, what `link_profile` finds on the first host."""
-        return self._ask(f"profile {workload}")[0]
-
-    def _ask(self, request: str) -> list[dict[str, Any]]:
+    def ask(self, variant: str, workload: str, wanted: str) -> list[dict[str, Any]]:
+        """The answers of all to a request."""
         for process in self._processes:
-            process.stdin.write(request + "\n")
+            process.stdin.write(json.dumps([variant, workload, wanted]) + "\n")
             process.stdin.flush()
         return self._answers()
 
@@ -206,7 +202,7 @@ class System:
                 if not line:
                     errors.seek(0)
                     print(errors.read(), file=sys.stderr)
-            raise InputError(f"a worker of {self.name} ended; what it said is above")
+            raise InputError(f"a worker of the kind {self._kind} ended; what it said is above")
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
@@ -214,6 +210,27 @@ class System:
         for process in self._processes:
             process.kill()
             process.wait()
+
+
+class System:
+    """A variant of what some workers do."""
+
+    def __init__(self, name: str, workers: Workers, variant: str, *, is_ours: bool):
+        self.name, self.is_ours = name, is_ours
+        self._workers, self._variant = workers, variant
+        about = workers.has[variant]
+        self.workloads: list[str] = about["workloads"]
+        self.versions: str = about["versions"]
+        self.wire_bytes: dict[str, float] = about.get("wire_bytes", {})
+
+    def run(self, workload: str) -> dict[str, float]:
+        """Milliseconds of a step of each of its parts, on the slowest host."""
+        answers = self._workers.ask(self._variant, workload, "time")
+        return {part: max(answer[part] for answer in answers) for part in answers[0]}
+
+    def profile(self, workload: str) -> dict[str, dict[str, float]]:
+        """Of each of its parts, what `link_profile` finds on the first host."""
+        return self._workers.ask(self._variant, workload, "profile")[0]
 
 
 def _measure(measured: Measurements, rate: str, systems: list[System]) -> None:
