@@ -8,8 +8,12 @@ import types
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, evaluation, processes, user_paths
+from caat_jax import command_line
+from caat_jax.checkpoints import checkpoints
+from caat_jax.config import user_paths
+from caat_jax.devices import processes
 from caat_jax.errors import InputError
+from caat_jax.evaluation import report as evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
 _TASKS = flags.DEFINE_list(
@@ -30,7 +34,7 @@ def main() -> None:
     harness = _harness()
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     processes.start()
-    step, config = checkpoint.newest_config(workdir)
+    step, config = checkpoints.newest_config(workdir)
     report = evaluation.Report(workdir, step, config)
     command_line.simulate_devices(config.mesh)
     if harness:
@@ -48,7 +52,7 @@ def main() -> None:
 
 
 def _harness() -> types.ModuleType | None:
-    """`caat_jax.harness` where --tasks is given."""
+    """`caat_jax.evaluation.harness` where --tasks is given."""
     if _TASKS.value is None:
         for flag in (_INCLUDE_PATH, _NUM_FEWSHOT, _LIMIT, _BATCH_SIZE):
             if flag.value is not None:
@@ -57,7 +61,7 @@ def _harness() -> types.ModuleType | None:
     if not _TASKS.value or not all(_TASKS.value):
         raise InputError("--tasks lacks a name; give some, such as --tasks=hellaswag,piqa")
     try:
-        from caat_jax import harness
+        from caat_jax.evaluation import harness
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] != "lm_eval":
             raise

@@ -13,8 +13,13 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from caat_jax import checkpoint, command_line, decoding, processes, text_generation, user_paths
+from caat_jax import command_line
+from caat_jax.checkpoints import checkpoints
+from caat_jax.config import user_paths
+from caat_jax.devices import processes
 from caat_jax.errors import InputError
+from caat_jax.inference import generator as decoding
+from caat_jax.inference import text
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given repeatedly.")
@@ -41,9 +46,9 @@ def main() -> None:
     decoding.check_settings(**settings)  # a checkpoint may take minutes to load
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     processes.start()
-    step, config = checkpoint.newest_config(workdir)
+    step, config = checkpoints.newest_config(workdir)
     command_line.simulate_devices(config.mesh)
-    generator = text_generation.TextGenerator(workdir, step, config)
+    generator = text.TextGenerator(workdir, step, config)
     pieces = generator.stream(prompts, **settings)
     # Whatever the terminal is set to: a character that it cannot show must not end the program.
     sys.stdout.reconfigure(encoding="utf-8")
@@ -72,9 +77,7 @@ def _prompts() -> list[str]:
     if bool(_PROMPT.value) == bool(_PROMPT_FILE.value):
         raise InputError("give --prompt or --prompt_file, one of the two")
     if _PROMPT_FILE.value:
-        return text_generation.read_prompts(
-            user_paths.expanded("--prompt_file", _PROMPT_FILE.value)
-        )
+        return text.read_prompts(user_paths.expanded("--prompt_file", _PROMPT_FILE.value))
     if "" in _PROMPT.value:
         raise InputError("--prompt is empty; give some text")
     return _PROMPT.value

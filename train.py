@@ -5,8 +5,11 @@ python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.section.f
 
 from absl import flags
 
-from caat_jax import command_line, processes, train_loop, user_paths
-from caat_jax.config import Config
+from caat_jax import command_line
+from caat_jax.config import user_paths
+from caat_jax.config.sections import Config
+from caat_jax.devices import processes
+from caat_jax.training import loop
 
 _CONFIG = command_line.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -19,7 +22,7 @@ def main(config: Config) -> None:
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     processes.start()
     command_line.simulate_devices(config.mesh)
-    steps, loss = train_loop.train(config, workdir)
+    steps, loss = loop.train(config, workdir)
     if processes.is_first():
         print(
             f"{steps} steps done, validation loss {loss:.4f} nats per token; checkpoints,"

@@ -20,12 +20,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from caat_jax import checkpoint_digests, command_line, sharding
-from caat_jax import config as config_lib
-from caat_jax.checkpoint import Checkpoints
-from caat_jax.config import Config
+from caat_jax import command_line
+from caat_jax.checkpoints import digests
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.resolve import resolve_mesh
+from caat_jax.config.sections import Config
 from caat_jax.data.loader import NOTHING_READ
-from caat_jax.train_step import Programs
+from caat_jax.devices import sharding
+from caat_jax.training.step import Programs
 
 _CONFIG = command_line.config_flag()
 _SAVES = flags.DEFINE_integer("saves", 5, "How many checkpoints are saved.", lower_bound=1)
@@ -36,7 +38,7 @@ def main(config: Config) -> None:
     command_line.simulate_devices(config.mesh)
     if config.model.vocab_size == -1:
         config = config.with_vocabulary(258)
-    mesh = sharding.create_mesh(config_lib.resolve_mesh(config, len(jax.devices())))
+    mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
     programs = Programs(config, mesh)
     train_step, state = programs.compile_train_step(), programs.initial_state()
     shape = (config.train.global_batch, config.data.sequence_length + 1)
@@ -63,7 +65,7 @@ def main(config: Config) -> None:
             checkpoints.wait()
             newest = checkpoints.folder / str(_SAVES.value - 1)
             size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-            verify = _seconds(lambda: checkpoint_digests.problem(newest))
+            verify = _seconds(lambda: digests.problem(newest))
             restore = _seconds(
                 lambda: jax.block_until_ready(checkpoints.restore(_SAVES.value - 1, programs))
             )

@@ -19,11 +19,11 @@ from benchmarks import workers as sizes
 def build_caat(
     devices: int, p: float, batch: int, length: int, new_tokens: int
 ) -> tuple[Callable[[], float], str]:
-    """`caat_jax.decoding.Generator` on a mesh of `model` = `devices`."""
+    """`caat_jax.inference.generator.Generator` on a mesh of `model` = `devices`."""
     import jax
 
     from benchmarks import our_systems
-    from caat_jax.decoding import Generator
+    from caat_jax.inference.generator import Generator
 
     programs, _ = our_systems.programs_and_batch(devices, p, length + new_tokens)
     parameters = programs.initial_state().parameters

@@ -77,8 +77,8 @@ def build_ours(p: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
     """This project's training step and `Generator`, S = M = the number of hosts."""
     import jax
 
-    from caat_jax import operations
-    from caat_jax.decoding import Generator
+    from caat_jax.communication import traced_programs
+    from caat_jax.inference.generator import Generator
 
     programs = _programs(float(p), place, sizes)
     step = _train_step(
@@ -96,7 +96,7 @@ def build_ours(p: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
         cache = case.prompt_length + case.new_tokens
         traces[f"prefill {case.prompts}"] = inference.trace_prefill(case.batch, case.prompt_length)
         traces[f"decode {case.prompts}"] = inference.trace_decode(case.batch, cache)
-    sent = {name: operations.count(trace.jaxpr).wire_bytes for name, trace in traces.items()}
+    sent = {name: traced_programs.count(trace.jaxpr).wire_bytes for name, trace in traces.items()}
     return workloads, {"versions": f"jax {jax.__version__}", "wire_bytes": sent}
 
 
@@ -111,7 +111,7 @@ def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, d
     from jax.sharding import PartitionSpec as P
 
     from benchmarks import dense_baseline
-    from caat_jax import optimizer as optimizer_lib
+    from caat_jax.training import optimizer as optimizer_lib
 
     programs = _programs(1.0, place, sizes)
     mesh, model = programs.mesh, programs.config.model
@@ -223,7 +223,7 @@ def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
 
 def _join(place: Place) -> None:
     """The other hosts' JAX."""
-    from caat_jax import processes
+    from caat_jax.devices import processes
 
     processes.join(
         coordinator_address=f"host0:{place.port}", num_processes=place.hosts, process_id=place.host
@@ -232,9 +232,9 @@ def _join(place: Place) -> None:
 
 def _programs(p: float, place: Place, sizes: Sizes) -> Any:
     """Those of a factor, on a mesh of one device of each host."""
-    from caat_jax import config as config_lib
-    from caat_jax import sharding
-    from caat_jax.train_step import Programs
+    from caat_jax.config.resolve import resolve
+    from caat_jax.devices import sharding
+    from caat_jax.training.step import Programs
     from configs import base
 
     config = base.get_config()
@@ -253,7 +253,7 @@ def _programs(p: float, place: Place, sizes: Sizes) -> Any:
     config.train.global_batch = sizes.train_batch
     longest = max((g.prompt_length + g.new_tokens for g in sizes.generations), default=0)
     config.data.sequence_length = max(sizes.train_length, longest)
-    resolved = config_lib.resolve(config)
+    resolved = resolve(config)
     return Programs(resolved, sharding.create_mesh(resolved.mesh))
 
 

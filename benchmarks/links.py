@@ -13,7 +13,8 @@ OUTPUT.csv and OUTPUT.png.
 
 The bound: at a rate, a system needs at least its time without a limit and the time that its bytes
 take on the link, T(p) >= T(p; no limit) + bytes(p) / rate.  The bytes are counted in the program
-(`caat_jax.operations`); "reached" is the measured speed-up over p = 1 as a part of the bound's.
+(`caat_jax.communication.traced_programs`); "reached" is the measured speed-up over p = 1 as a part
+of the bound's.
 """
 
 import dataclasses

@@ -15,10 +15,10 @@ import numpy as np
 
 from benchmarks import dense_baseline
 from benchmarks import workers as sizes
-from caat_jax import config as config_lib
-from caat_jax import optimizer as optimizer_lib
-from caat_jax import sharding
-from caat_jax.train_step import Programs
+from caat_jax.config.resolve import resolve
+from caat_jax.devices import sharding
+from caat_jax.training import optimizer as optimizer_lib
+from caat_jax.training.step import Programs
 from configs import base
 
 
@@ -87,7 +87,7 @@ def programs_and_batch(
     )
     config.train.global_batch = sizes.BATCH
     config.data.sequence_length = sequence_length
-    resolved = config_lib.resolve(config)
+    resolved = resolve(config)
     programs = Programs(resolved, sharding.create_mesh(resolved.mesh, jax.devices()[:devices]))
     shape = sizes.BATCH, sequence_length + 1
     batch = np.random.default_rng(0).integers(sizes.VOCAB_SIZE, size=shape, dtype=np.int32)

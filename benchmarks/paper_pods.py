@@ -13,10 +13,11 @@ import sys
 import jax
 import tqdm
 
-from caat_jax import chips, sharding, topology
-from caat_jax import config as config_lib
-from caat_jax.communication_audit import Audit, audit
-from caat_jax.train_step import Programs
+from caat_jax.communication.audit import Audit, audit
+from caat_jax.config.resolve import resolve, resolve_mesh
+from caat_jax.config.sections import Config, MeshConfig
+from caat_jax.devices import chips, sharding, topology
+from caat_jax.training.step import Programs
 
 LAYER_LOOP = ("layer forward", "layer backward")
 
@@ -102,18 +103,18 @@ def audits(pod: Pod, remat: bool, bar: tqdm.tqdm) -> tuple[Audit, Audit]:
     return tuple(found)
 
 
-def config_of(pod: Pod, remat: bool) -> config_lib.Config:
+def config_of(pod: Pod, remat: bool) -> Config:
     config = importlib.import_module(f"configs.{pod.config}").get_config()
     config.compute.remat = remat
     config.train.accumulation_steps = pod.accumulation if remat else pod.accumulation_without
     if pod.slices > 1:
         config.mesh.data = pod.slices
-    return config_lib.resolve(config)
+    return resolve(config)
 
 
-def mesh_of(pod: Pod, remat: bool) -> config_lib.MeshConfig:
+def mesh_of(pod: Pod, remat: bool) -> MeshConfig:
     devices = len(topology.tpu_devices(pod.topology, pod.slices))
-    return config_lib.resolve_mesh(config_of(pod, remat), devices)
+    return resolve_mesh(config_of(pod, remat), devices)
 
 
 def layer_loop_ratio(half: Audit, full: Audit) -> str:

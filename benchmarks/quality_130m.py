@@ -33,26 +33,21 @@ from typing import Any
 import jax
 from absl import flags
 
-from caat_jax import (
-    command_line,
-    evaluation,
-    field_checks,
-    memory,
-    metrics,
-    plot,
-    sharding,
-    train_loop,
-    user_paths,
-)
-from caat_jax import config as config_lib
-from caat_jax import workdir as workdir_lib
-from caat_jax.config import Config
+from caat_jax import command_line, plot
+from caat_jax.checkpoints import workdir as workdir_lib
+from caat_jax.config import field_checks, user_paths
+from caat_jax.config.resolve import resolve_mesh
+from caat_jax.config.sections import Config
+from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.data import train_tokenizer
 from caat_jax.data.loader import train_batches
 from caat_jax.data.token_cache import TokenSequences, open_cache
 from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.devices import memory, sharding
 from caat_jax.errors import InputError
-from caat_jax.train_step import Programs
+from caat_jax.evaluation import report
+from caat_jax.training import loop, metrics
+from caat_jax.training.step import Programs
 
 _CONFIG = command_line.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
@@ -97,7 +92,7 @@ def main(config: Config) -> None:
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "milliseconds": milliseconds,
-            "config": config_lib.to_json(given),
+            "config": to_json(given),
         }
         _write(workdir / "plan.json", json.dumps(plan))
     runs = [_run(config, p, plan, workdir / _name(p)) for p in SYNC_FACTORS]
@@ -132,7 +127,7 @@ def _check(config: Config, workdir: Path) -> None:
             f"there are {len(jax.devices())} devices, and all shards shall be on 1; hide the others"
             " (mesh.simulated_devices=0, CUDA_VISIBLE_DEVICES=0)"
         )
-    config_lib.resolve_mesh(config, devices=1)
+    resolve_mesh(config, devices=1)
     workdir_lib.check_writable(workdir)
 
 
@@ -146,12 +141,12 @@ def _stored_plan(path: Path, given: Config) -> dict[str, Any] | None:
         return None
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        stored, steps = config_lib.from_json(plan["config"]), plan["steps"]
+        stored, steps = from_json(plan["config"]), plan["steps"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is no plan of this benchmark; move it away") from None
     if _STEPS.value not in (None, steps):
         raise InputError(f"--steps={_STEPS.value} must be {steps}, as in {path}, or left out")
-    differing = config_lib.difference(stored, given)
+    differing = difference(stored, given)
     if differing:
         raise InputError(
             f"{path} is of another configuration ({'; '.join(differing)}); give another --workdir"
@@ -181,7 +176,7 @@ def _measure(config: Config, sequences: TokenSequences) -> dict[str, list[float]
     Each round does one step of each, in a random order, so that what else the machine does falls
     on both.
     """
-    mesh = sharding.create_mesh(config_lib.resolve_mesh(config, devices=1))
+    mesh = sharding.create_mesh(resolve_mesh(config, devices=1))
     memory.check_training(config, mesh)
     print("compiling and measuring the training steps", file=sys.stderr)
     programs = {p: Programs(config.with_sync_factor(p), mesh) for p in SYNC_FACTORS}
@@ -235,7 +230,7 @@ def _run(config: Config, p: float, plan: dict[str, Any], workdir: Path) -> dict[
         ),
     )
     print(f"p = {p:g}: {steps:,} steps", file=sys.stderr)
-    train_loop.train(config, workdir)
+    loop.train(config, workdir)
     written = metrics.read_metrics(workdir / metrics.METRICS_FILE)
     times, base = plan["milliseconds"][_name(p)], plan["milliseconds"][_name(1.0)]
     length = config.data.sequence_length
@@ -246,7 +241,7 @@ def _run(config: Config, p: float, plan: dict[str, Any], workdir: Path) -> dict[
         "p": p,
         "train_loss": metrics.json_number(float(written["train/loss"][1][-1])),
         "validation_loss": metrics.json_number(float(written["eval/loss"][1][-1])),
-        "whole_validation_split": evaluation.evaluate_checkpoint(workdir, steps, config).figures(),
+        "whole_validation_split": report.evaluate_checkpoint(workdir, steps, config).figures(),
         "step_ms": {
             "median": statistics.median(times),
             "least": min(times),

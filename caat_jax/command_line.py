@@ -10,8 +10,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from caat_jax import config as config_lib
-from caat_jax import processes
+from caat_jax.config.resolve import check_field_names, resolve
+from caat_jax.config.sections import MeshConfig
+from caat_jax.devices import processes
 from caat_jax.errors import InputError, Interrupted, Stop
 from configs import base
 
@@ -24,7 +25,7 @@ def config_flag() -> flags.FlagHolder:
 def run(
     main: Callable[..., None],
     config: flags.FlagHolder | None = None,
-    resolve: Callable[[ConfigDict], object] = config_lib.resolve,
+    resolve: Callable[[ConfigDict], object] = resolve,
     fields: Callable[[], ConfigDict] = base.get_config,
 ) -> None:
     """Parses the flags and calls `main(resolve(config))`, or `main()` for one without a config.
@@ -63,7 +64,7 @@ def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def simulate_devices(mesh: config_lib.MeshConfig) -> None:
+def simulate_devices(mesh: MeshConfig) -> None:
     """Starts `mesh.simulated_devices` CPU devices; other platforms are left as they are.
 
     To be called before anything asks JAX for its devices.
@@ -78,7 +79,7 @@ def _parse(
     if config is not None:
         matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
         names = [match[1] for match in matches if match]
-        config_lib.check_field_names(names, fields())
+        check_field_names(names, fields())
         if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from caat_jax.errors import InputError
-from caat_jax.metrics import METRICS_FILE, read_metrics
+from caat_jax.training.metrics import METRICS_FILE, read_metrics
 
 # Of about equal darkness, and told apart by colour-blind readers (after Okabe and Ito).
 COLOURS = (

@@ -33,7 +33,7 @@ LONGEST_SECONDS = 300
 
 _FORK_SERVER = multiprocessing.get_context("forkserver")
 _FORK_SERVER.set_forkserver_preload(
-    ["caat_jax.command_line", "caat_jax.train_loop", "caat_jax.step_time_report"]
+    ["caat_jax.command_line", "caat_jax.training.loop", "caat_jax.step_time.report"]
 )
 
 

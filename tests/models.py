@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from caat_jax import config as config_lib
-from caat_jax import sharding, train_loop
-from caat_jax.config import Config
-from caat_jax.train_step import DATA_AXES, Programs
+from caat_jax.config.resolve import resolve
+from caat_jax.config.sections import Config
+from caat_jax.devices import sharding
+from caat_jax.training import loop
+from caat_jax.training.step import DATA_AXES, Programs
 from configs import base
 
 needs_libtpu = pytest.mark.skipif(
@@ -37,7 +38,7 @@ def small_config(
     config.mesh.update(dict(data=1, fsdp=1, model=1) | (mesh or {}))
     config.data.sequence_length = 16
     config.train.update(dict(global_batch=4) | train)
-    return config_lib.resolve(config)
+    return resolve(config)
 
 
 def small_run(folder: Path, texts: list[str], fields: dict | None = None) -> Path:
@@ -56,7 +57,7 @@ def small_run(folder: Path, texts: list[str], fields: dict | None = None) -> Pat
     config.optimizer.update(peak_learning_rate=1e-2, warmup_steps=2)
     config.train.update(steps=20, global_batch=8)
     config.update_from_flattened_dict(fields or {})
-    train_loop.train(config_lib.resolve(config), folder / "run")
+    loop.train(resolve(config), folder / "run")
     return folder / "run"
 
 

@@ -20,10 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 
-from tests import (
-    conftest,  # noqa: F401  the devices and compiler options of the tests
-    runs,
-)
+from tests import runs
 from tests.runs import Run
 
 STEPS_PER_KILL = 6

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
-from caat_jax.metrics import read_metrics
+from caat_jax.training.metrics import read_metrics
 from tests.command_line import SMALL, TINY, assert_refused, flags_of, run_forked, write_texts
 
 DIVISORS_OF_EIGHT = st.sampled_from([1, 2, 4, 8])

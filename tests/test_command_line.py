@@ -289,7 +289,7 @@ def test_tasks_without_lm_eval():
 def test_communication_refuses(run, arguments, said):
     if any("topology" in argument for argument in arguments):
         pytest.importorskip("libtpu")
-    assert_refused(run("caat_jax/communication.py", TINY, *arguments), *said)
+    assert_refused(run("caat_jax/communication/__main__.py", TINY, *arguments), *said)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_communication_refuses(run, arguments, said):
 def test_step_time_refuses(run, arguments, said):
     fields = ["--config.compute.dtype=bfloat16", "--config.model.vocab_size=264"]
     fields.append("--config.mesh.model=8")
-    assert_refused(run("caat_jax/step_time.py", TINY, *fields, *arguments), *said)
+    assert_refused(run("caat_jax/step_time/__main__.py", TINY, *fields, *arguments), *said)
 
 
 def test_run_that_works_and_then_another_architecture(run, small, tmp_path):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = {"caat_jax", "configs", "tests", "benchmarks"}
 # Copied beside exported weights; nothing here imports it but `transformers`, in tests.
 EXPORTED = ROOT / "caat_jax/huggingface/exported_code"
-NEEDS_LM_EVAL = ROOT / "caat_jax/harness.py"  # the one module that does
+NEEDS_LM_EVAL = ROOT / "caat_jax/evaluation/harness.py"  # the one module that does
 
 
 def requirements(name: str) -> set[str]:

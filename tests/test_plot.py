@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from caat_jax import plot
-from caat_jax.metrics import MetricsWriter
+from caat_jax.training.metrics import MetricsWriter
 
 
 @pytest.fixture

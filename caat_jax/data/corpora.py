@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from caat_jax import user_paths
-from caat_jax.config import DataConfig
+from caat_jax.config import user_paths
+from caat_jax.config.sections import DataConfig
 from caat_jax.data import cache_folder
 from caat_jax.errors import InputError
 

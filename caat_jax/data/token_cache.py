@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from caat_jax import user_paths
-from caat_jax.config import DataConfig
+from caat_jax.config import user_paths
+from caat_jax.config.sections import DataConfig
 from caat_jax.data import cache_folder, corpora
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError

@@ -8,7 +8,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from caat_jax import user_paths
+from caat_jax.config import user_paths
 from caat_jax.errors import InputError
 
 # (BOS, EOS) as tokenizer.json files name them; they do not say which token has which role.

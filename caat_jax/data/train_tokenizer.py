@@ -10,8 +10,9 @@ import sys
 import tokenizers
 from absl import flags
 
-import caat_jax.config
-from caat_jax import command_line, user_paths
+from caat_jax import command_line
+from caat_jax.config import user_paths
+from caat_jax.config.sections import Config, DataConfig
 from caat_jax.data import corpora
 from caat_jax.errors import InputError
 
@@ -19,7 +20,7 @@ _ROLES = ["<|begin_of_text|>", "<|end_of_text|>"]
 SMALLEST = 256 + len(_ROLES)
 
 
-def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int:
+def train(data: DataConfig, vocab_size: int, output: str) -> int:
     """Writes a Hugging Face tokenizer.json; returns its number of ids.
 
     Args:
@@ -52,7 +53,7 @@ def train(data: caat_jax.config.DataConfig, vocab_size: int, output: str) -> int
     return tokenizer.get_vocab_size()
 
 
-def main(config: caat_jax.config.Config) -> None:
+def main(config: Config) -> None:
     vocab_size, output = flags.FLAGS.vocab_size, flags.FLAGS.output
     size = train(config.data, vocab_size, output)
     print(f"{output} has {size} ids; use it with --config.data.tokenizer={output}")

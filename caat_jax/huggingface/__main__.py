@@ -14,9 +14,10 @@ from typing import NoReturn
 
 import jax
 
-from caat_jax import command_line, user_paths
-from caat_jax import config as config_lib
-from caat_jax.config import Config
+from caat_jax import command_line
+from caat_jax.config import user_paths
+from caat_jax.config.sections import Config
+from caat_jax.config.stored import to_json
 from caat_jax.errors import InputError
 from caat_jax.huggingface import exporting, folders, importing, llama_config
 from configs import base
@@ -85,7 +86,7 @@ def _import(given: argparse.Namespace) -> None:
 
 def _flags(config: Config) -> list[str]:
     """What train.py must be told, since it compares the architecture."""
-    fields = config_lib.to_json(config)
+    fields = to_json(config)
     fields["model"]["sync_factor"] = fields["model"].pop("sync_factors")[0][0]
     usual = base.get_config()
     return [

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from caat_jax import checkpoint, sharding, user_paths
-from caat_jax.checkpoint import Checkpoints
-from caat_jax.config import Config, MeshConfig
+from caat_jax.checkpoints import checkpoints as checkpoint
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config import user_paths
+from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
-from caat_jax.train_step import Programs
+from caat_jax.training.step import Programs
 
 CODE = Path(__file__).parent / "exported_code" / "modeling_caat_llama.py"
 

@@ -9,15 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from caat_jax import config as config_lib
-from caat_jax import sharding
-from caat_jax.checkpoint import Checkpoints
-from caat_jax.config import Architecture, Config, MeshConfig
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.architecture import Architecture
+from caat_jax.config.resolve import resolve
+from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.loader import NOTHING_READ
+from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
 from caat_jax.huggingface.safetensors_files import StoredTensor
-from caat_jax.train_step import Programs, TrainState
+from caat_jax.training.step import Programs, TrainState
 from configs import base
 
 
@@ -74,7 +75,7 @@ def _configuration(source: Path, workdir: Path, tp_shards: int, sync_factor: flo
         if (source / name).is_file():
             config.data.tokenizer = str(workdir.absolute() / folders.CARRIED_FOLDER / name)
             break
-    return config_lib.resolve(config)
+    return resolve(config)
 
 
 def _mesh(arch: Architecture) -> Mesh:

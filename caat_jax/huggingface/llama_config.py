@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from caat_jax.config import Architecture
+from caat_jax.config.architecture import Architecture
 from caat_jax.errors import InputError
 
 FILE = "config.json"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from caat_jax.config import Architecture
+from caat_jax.config.architecture import Architecture
 from caat_jax.errors import InputError
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from caat_jax.config import DataConfig
+from caat_jax.config.sections import DataConfig
 from configs import base
 
 

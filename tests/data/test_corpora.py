@@ -222,7 +222,7 @@ def test_tensorflow_is_never_imported(data_config, texts, tmp_path):
     # Not even where it is installed.
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow is imported')")
     script = f"""
-from caat_jax.config import DataConfig
+from caat_jax.config.sections import DataConfig
 from caat_jax.data import loader, token_cache, tokenizers
 
 cache = token_cache.open_cache({data_config()!r}, tokenizers.load_tokenizer("bytes"))

@@ -127,7 +127,7 @@ def test_killed_build_goes_on(data_config, texts, monkeypatch, after):
 
 _BUILD = """
 import os, signal, sys
-from caat_jax.config import DataConfig
+from caat_jax.config.sections import DataConfig
 from caat_jax.data import token_cache, tokenizers
 
 class Mortal(type(tokenizers.load_tokenizer("bytes"))):

@@ -1,0 +1,61 @@
+"""The folder of a run: it can be written, and one run at a time writes it."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from caat_jax.devices import processes
+from caat_jax.errors import InputError
+
+
+def check_writable(workdir: Path) -> None:
+    """Refuses one that cannot be written, before there is anything to lose.
+
+    Raises:
+      InputError: it, or where it would be made, is a file or not writable.
+    """
+    existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"--workdir={workdir}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir={workdir}: {existing} cannot be written; give another folder")
+
+
+@contextlib.contextmanager
+def sole_run(workdir: Path) -> Iterator[None]:
+    """Holds the folder, made where it is missing, for this run alone; the first process does so.
+
+    A lock of the operating system's on the folder itself: it ends with the process, however that
+    ends.  A folder that was made here and that nothing was written to is removed.
+
+    Raises:
+      InputError: another run holds it.
+    """
+    if not processes.is_first():
+        yield
+        return
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        _lock(folder, workdir)
+        yield
+    finally:
+        os.close(folder)
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                workdir.rmdir()
+
+
+def _lock(folder: int, workdir: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"--workdir={workdir}: another run is training there; wait for its end, or give"
+            " another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks

@@ -1,0 +1,78 @@
+"""A resolved configuration as JSON, as checkpoints carry it; and how two of them differ."""
+
+import dataclasses
+from typing import Any
+
+from caat_jax.config.architecture import Architecture, Stage, SyncFactors
+from caat_jax.config.sections import (
+    Compute,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from caat_jax.errors import InputError
+
+
+def base_fields(config: Config) -> dict[str, Any]:
+    """Of `configs/base.py`, those of which `resolve` makes this configuration, by section.
+
+    All but `model.sync_factor`, which `model.sync_factor_per_layer` overrides.
+    """
+    sections = dataclasses.asdict(config)
+    sections["model"]["sync_factor_per_layer"] = sections["model"].pop("sync_factors")
+    return sections
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """A JSON-able dictionary; `from_json` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_json(fields: dict[str, Any]) -> Config:
+    """The configuration that `to_json` wrote.
+
+    Raises:
+      InputError: it was written by another version of this project, with other fields.
+    """
+    try:
+        model = dict(fields["model"])
+        model["sync_factors"] = _pairs(model["sync_factors"])
+        # Checkpoints that are older than the field had no schedule.
+        train = {"sync_schedule": (), **fields["train"]}
+        train["sync_schedule"] = tuple(
+            Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
+        )
+        return Config(
+            seed=fields["seed"],
+            model=Architecture(**model),
+            compute=Compute(**fields["compute"]),
+            mesh=MeshConfig(**fields["mesh"]),
+            data=DataConfig(**fields["data"]),
+            optimizer=OptimizerConfig(**fields["optimizer"]),
+            train=TrainConfig(**train),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"the stored configuration has other fields than this version's ({error})"
+        ) from error
+
+
+def _pairs(lists: list[list[float]]) -> SyncFactors:
+    return tuple(tuple(pair) for pair in lists)
+
+
+def difference(stored: Any, given: Any, section: str = "") -> list[str]:
+    """The fields of two `Config`, or of one section of two, that differ: `NAME: stored, given`."""
+    differing = []
+    for field in dataclasses.fields(stored):
+        name = section + field.name
+        there, asked = getattr(stored, field.name), getattr(given, field.name)
+        if dataclasses.is_dataclass(there):
+            differing += difference(there, asked, f"{name}.")
+        elif there != asked:
+            if field.name == "sync_factors":
+                there, asked = stored.describe_sync_factors(), given.describe_sync_factors()
+            differing.append(f"{name}: {there} there, {asked} asked for")
+    return differing

@@ -1,0 +1,426 @@
+"""The compiled programs of inference: prefill of whole prompts, decode of one token at a time.
+
+Both run inside one `jax.shard_map` over the whole mesh, as training does.  Sequences are split over
+the data axes, the key/value cache also by its heads over `model`; what a layer sends over `model`
+is the two partial channel-reduces of `partial_sync.py`, in decode of one token.
+
+Prompts of different lengths are filled up on the right to P slots.  New tokens go to the slots from
+P on, the same for all sequences, so that writing them is one update in place; what a sequence sees
+are the first `length` slots and those from P on.  Its positions, for the rotary embedding, go on
+from its own length.
+
+Axis letters: B batch, P slots of the prompts, C slots of the cache, D residual width, V vocabulary,
+K key/value heads, h width of a head, G groups of shards on this device (`partial_sync.py`), n
+layers that run as one loop.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from caat_jax.config.sections import Config
+from caat_jax.devices import sharding, xla_options
+from caat_jax.inference import sampling
+from caat_jax.inference.sampling import Sampling
+from caat_jax.model import attention, layers, partial_sync
+from caat_jax.model import transformer as model_lib
+from caat_jax.model.partial_sync import Columns, Factors, Stream, Wire
+from caat_jax.model.scopes import ATTENTION_SCOPE, EMBEDDING, HEAD_AND_LOSS, LAYERS
+from caat_jax.model.transformer import Blueprint, LayerRun
+
+_SCALAR = sharding.partition_spec(())
+_BATCH = sharding.partition_spec(("batch",))
+_TOKENS = sharding.partition_spec(("batch", "sequence"))
+_STEP_TOKENS = sharding.partition_spec(("unsplit", "batch"))
+
+
+class LayerFactors(NamedTuple):
+    """Of the layers of one run, stacked along a leading axis; of one layer when unrolled."""
+
+    attention: Factors
+    mlp: Factors
+
+
+class Weights(NamedTuple):
+    """All parameters as inference multiplies with them, in the compute type, whole over `fsdp`."""
+
+    table: jax.Array  # the embedding, [V, D]
+    runs: tuple[LayerFactors, ...]
+    head: Columns  # n being the vocabulary's part of a shard group
+
+
+class LayerCache(NamedTuple):
+    """Keys and values [n, K·B, C, h] of the layers of one run, in the compute type.
+
+    Unrolled, the arrays are those of one layer, [K·B, C, h].  XLA for CPUs updates them in place
+    only if no reshaping, not even of an axis of length 1, stands between the update and the product
+    that reads it.
+    """
+
+    key: jax.Array
+    value: jax.Array
+
+
+class State(NamedTuple):
+    """Where the sequences of a batch are, beside their cache."""
+
+    tokens: jax.Array  # int32 [B]: the last ones chosen, not in the cache yet
+    lengths: jax.Array  # int32 [B]: tokens of the prompts
+    prompt_slots: jax.Array  # int32: P
+    chosen: jax.Array  # int32: tokens chosen for each sequence
+
+
+_STATE = State(_BATCH, _BATCH, _SCALAR, _SCALAR)
+# The order in memory of a cache's [K·B, C, h], outermost first, where it is not that.  On TPUs one
+# slot of all rows, which a step writes, is whole tiles then: XLA wants it so, and would copy the
+# cache into this order at the begin of every call and back at its end.
+_CACHE_ORDER = {"tpu": (1, 0, 2)}
+_GREEDY = sampling.sampling(0.0, 0, 1.0, 0)
+_SAMPLING = Sampling(_SCALAR, _SCALAR, _SCALAR, _SCALAR)
+
+
+class InferencePrograms:
+    """The programs of one configuration on one mesh; each is compiled at its first call.
+
+    `prepare(parameters)` makes `Weights` of the parameters, `prefill` and `decode` take those.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
+        self.config = config
+        self.mesh = mesh
+        arch, platform = config.model, sharding.platform(mesh)
+        self._attend = attention.kernel(attention.choose(arch, config.compute, platform), platform)
+        self._blueprint = Blueprint(arch, config.compute, self._attend)
+        self._dtype = jnp.dtype(config.compute.dtype)
+        self._wire = Wire(*[jnp.dtype(config.compute.forward_wire_dtype)] * 2)
+        self._grouping = partial_sync.grouping(
+            arch.tp_shards // mesh.shape["model"],
+            model_lib.smallest_sync_width(arch),
+            arch.embed_dim,
+        )
+        self._runs = model_lib.layer_runs(arch)
+        if not config.compute.scan_layers:  # each layer's weights are arrays of their own
+            self._runs = [
+                LayerRun(layer, layer + 1, run.sync_widths)
+                for run in self._runs
+                for layer in range(run.first, run.last)
+            ]
+        axes = ("layers",) if config.compute.scan_layers else ()
+        rows = sharding.partition_spec((*axes, "shards", "unsplit", "unsplit"))
+        common = sharding.partition_spec((*axes, "unsplit", "shards"))
+        factors = Factors(Columns(common, rows), rows, rows)
+        table = ("vocab", "unsplit") if arch.tied_head else ("unsplit", "channels")
+        self._weight_specs = Weights(
+            sharding.partition_spec(table),
+            (LayerFactors(factors, factors),) * len(self._runs),
+            Columns(
+                sharding.partition_spec(("unsplit", "shards")),
+                sharding.partition_spec(("shards", "unsplit", "unsplit")),
+            ),
+        )
+        rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
+        self._cache_specs = (LayerCache(rows, rows),) * len(self._runs)
+        self._cache_formats = jax.tree.map(self._cache_format, self._cache_specs)
+        options = xla_options.options(platform)
+        self.prepare = jax.jit(self._prepare)
+        self.prefill = jax.jit(
+            self._prefill,
+            static_argnames=("cache_length", "kind"),
+            out_shardings=(self._cache_formats, None),
+            compiler_options=options,
+        )
+        self.decode = jax.jit(
+            self._decode,
+            static_argnames=("steps", "kind"),
+            donate_argnames="cache",
+            out_shardings=(self._cache_formats, None, None),
+            compiler_options=options,
+        )
+
+    def trace_prefill(self, batch: int, length: int) -> jax.stages.Traced:
+        """Greedy prefill of prompts [batch, length], traced before there are weights."""
+        prompts = self._shape((batch, length), jnp.int32, _TOKENS)
+        lengths = self._shape((batch,), jnp.int32, _BATCH)
+        return self.prefill.trace(
+            self._weight_shapes(),
+            prompts,
+            lengths,
+            self._shapes_of(_GREEDY, _SAMPLING),
+            cache_length=length,
+            kind=sampling.GREEDY,
+        )
+
+    def trace_decode(self, batch: int, cache_length: int) -> jax.stages.Traced:
+        """Greedy decode of one token for each of `batch` sequences, traced without a cache."""
+        arch = self.config.model
+        caches = []
+        for run, formats in zip(self._runs, self._cache_formats, strict=True):
+            shape = (arch.kv_heads * batch, cache_length, arch.head_dim)
+            if self.config.compute.scan_layers:
+                shape = (run.last - run.first, *shape)
+            caches.append(
+                LayerCache(*(jax.ShapeDtypeStruct(shape, self._dtype, sharding=f) for f in formats))
+            )
+        rows, number = np.zeros(batch, np.int32), np.int32(0)
+        return self.decode.trace(
+            self._weight_shapes(),
+            tuple(caches),
+            self._shapes_of(State(rows, rows, number, number), _STATE),
+            self._shapes_of(_GREEDY, _SAMPLING),
+            steps=1,
+            kind=sampling.GREEDY,
+        )
+
+    def _weight_shapes(self) -> Weights:
+        shapes = jax.eval_shape(self._prepare, self._blueprint.shapes)
+        return self._shapes_of(shapes, self._weight_specs)
+
+    def _shapes_of(self, arrays: Any, specs: Any) -> Any:
+        return jax.tree.map(lambda a, spec: self._shape(a.shape, a.dtype, spec), arrays, specs)
+
+    def _shape(self, shape: tuple, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def _cache_format(self, spec: P) -> NamedSharding | Format:
+        """How an array of a cache lies over the devices, and in the memory of each."""
+        split = NamedSharding(self.mesh, spec)
+        order = _CACHE_ORDER.get(sharding.platform(self.mesh))
+        if order is None:
+            return split
+        stacked = len(spec) - len(order)
+        return Format(Layout((*range(stacked), *(stacked + axis for axis in order))), split)
+
+    def _over_mesh(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        return sharding.over_mesh(
+            function, self.mesh, self._dtype.name, in_specs=in_specs, out_specs=out_specs
+        )
+
+    def _prepare(self, parameters: Any) -> Weights:
+        """`Weights` of parameters as training has them, float32."""
+
+        def in_compute_type(parameter: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
+            return parameter if "norm" in logical_axes else parameter.astype(self._dtype)
+
+        logical_axes = self._blueprint.logical_axes
+        specs = jax.tree.map(sharding.without_fsdp, self._blueprint.specs)
+        prepare = self._over_mesh(self._local_weights, (specs,), self._weight_specs)
+        return prepare(jax.tree.map(in_compute_type, parameters, logical_axes))
+
+    def _prefill(
+        self,
+        weights: Weights,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        settings: Sampling,
+        *,
+        cache_length: int,
+        kind: str,
+    ) -> tuple[tuple[LayerCache, ...], State]:
+        """A cache of `cache_length` slots with the prompts in it, and the first new tokens.
+
+        Args:
+          weights: of `prepare`.
+          prompts: int32 [B, P], each filled up on the right with any ids.
+          lengths: int32 [B], of the prompts, at least 1.
+          settings: how to choose the tokens.
+          cache_length: C, at least P.
+          kind: `settings.kind`.
+        """
+        local = functools.partial(self._local_prefill, cache_length=cache_length, kind=kind)
+        in_specs = (self._weight_specs, _TOKENS, _BATCH, _SAMPLING)
+        function = self._over_mesh(local, in_specs, (self._cache_specs, _STATE))
+        return function(weights, prompts, lengths, settings)
+
+    def _decode(
+        self,
+        weights: Weights,
+        cache: tuple[LayerCache, ...],
+        state: State,
+        settings: Sampling,
+        *,
+        steps: int,
+        kind: str,
+    ) -> tuple[tuple[LayerCache, ...], State, jax.Array]:
+        """`steps` more tokens of every sequence, int32 [steps, B]; the cache given is used up.
+
+        There must be a slot for each; the last token chosen is not in the cache yet.
+        """
+        local = functools.partial(self._local_decode, steps=steps, kind=kind)
+        in_specs = (self._weight_specs, self._cache_specs, _STATE, _SAMPLING)
+        function = self._over_mesh(local, in_specs, (self._cache_specs, _STATE, _STEP_TOKENS))
+        return function(weights, cache, state, settings)
+
+    # What follows runs on each device's part, inside `shard_map`.
+
+    def _local_weights(self, parameters: Any) -> Weights:
+        arch, grouping, dtype = self.config.model, self._grouping, self._dtype
+        model = self._blueprint.bind(parameters)
+        graph, stacked = nnx.split(model.layers)
+
+        def factors(weights: Any, run: LayerRun) -> LayerFactors:
+            layer = nnx.merge(graph, weights)
+            return LayerFactors(
+                layer.attention.factors(grouping, run.sync_widths[0], dtype),
+                layer.mlp.factors(grouping, run.sync_widths[1], dtype),
+            )
+
+        runs = []
+        for run in self._runs:
+            if self.config.compute.scan_layers:
+                some = jax.tree.map(lambda w, run=run: w[run.first : run.last], stacked)
+                runs.append(jax.vmap(functools.partial(factors, run=run))(some))
+            else:
+                one = jax.tree.map(lambda w, run=run: w[run.first], stacked)
+                runs.append(factors(one, run))
+        table = model.embedding[...]
+        head = table.T if arch.tied_head else model.head[...]
+        head = partial_sync.scaled_columns(
+            model.final_norm[...],
+            head.reshape(arch.embed_dim, grouping.groups, -1),
+            grouping.common_width,
+            dtype,
+        )
+        return Weights(table, tuple(runs), head)
+
+    def _local_prefill(
+        self,
+        weights: Weights,
+        prompts_BP: jax.Array,
+        lengths_B: jax.Array,
+        settings: Sampling,
+        *,
+        cache_length: int,
+        kind: str,
+    ) -> tuple[tuple[LayerCache, ...], State]:
+        stream, cache = self._through_prompts(weights, prompts_BP, lengths_B, cache_length)
+        chosen = jnp.int32(0)
+        tokens_B = self._choose(weights, stream, chosen, settings, kind)
+        return cache, State(tokens_B, lengths_B, jnp.int32(prompts_BP.shape[1]), chosen + 1)
+
+    def _through_prompts(
+        self, weights: Weights, prompts_BP: jax.Array, lengths_B: jax.Array, cache_length: int
+    ) -> tuple[Stream, tuple[LayerCache, ...]]:
+        """The streams [B, 1, …] of the prompts' last tokens after all layers; a cache of all."""
+        arch, wire = self.config.model, self._wire
+        slots = prompts_BP.shape[1]
+        rotation = layers.rotary_angles(jnp.arange(slots), arch)
+
+        def apply(stream: Stream, factors: LayerFactors) -> tuple[Stream, LayerCache]:
+            query, key, value = layers.query_key_value(stream, factors.attention, rotation, arch)
+            with jax.named_scope(ATTENTION_SCOPE):
+                attended = self._attend(query, key, value)
+            stream = layers.add_attended(stream, attended, factors.attention, wire)
+            stream = layers.mlp(stream, factors.mlp, arch, wire)
+            unused = (0, 0), (0, cache_length - slots), (0, 0)
+            kept = (jnp.pad(attention.cache_rows(x), unused) for x in (key, value))
+            return stream, LayerCache(*kept)
+
+        stream, caches = self._embed(weights, prompts_BP), []
+        with jax.named_scope(LAYERS):
+            for factors in weights.runs:
+                if self.config.compute.scan_layers:
+                    stream, cache = lax.scan(apply, stream, factors)
+                else:
+                    stream, cache = apply(stream, factors)
+                caches.append(cache)
+        last = (lengths_B - 1)[:, None, None]
+        common = jnp.take_along_axis(stream.common, last, axis=1)
+        private = jnp.take_along_axis(stream.private, last[None], axis=2)
+        return Stream(common, private), tuple(caches)
+
+    def _local_decode(
+        self,
+        weights: Weights,
+        cache: tuple[LayerCache, ...],
+        state: State,
+        settings: Sampling,
+        *,
+        steps: int,
+        kind: str,
+    ) -> tuple[tuple[LayerCache, ...], State, jax.Array]:
+        def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+            cache, state = carry
+            stream, cache = self._one_position(weights, cache, state)
+            tokens_B = self._choose(weights, stream, state.chosen, settings, kind)
+            state = state._replace(tokens=tokens_B, chosen=state.chosen + 1)
+            return (cache, state), tokens_B
+
+        (cache, state), tokens = lax.scan(step, (cache, state), length=steps)
+        return cache, state, tokens
+
+    def _one_position(
+        self, weights: Weights, cache: tuple[LayerCache, ...], state: State
+    ) -> tuple[Stream, tuple[LayerCache, ...]]:
+        """The streams [B, 1, …] of the last tokens after all layers; the cache with them in it."""
+        arch, wire = self.config.model, self._wire
+        before = state.chosen - 1  # new tokens in the cache already
+        slot = state.prompt_slots + before
+        positions = (state.lengths + before)[:, None]
+        rotation = layers.rotary_angles(positions, arch)
+        slots = jnp.arange(cache[0].key.shape[-2])
+        is_prompt_BC = slots < state.lengths[:, None]
+        visible_BC = is_prompt_BC | ((slots >= state.prompt_slots) & (slots <= slot))
+
+        def apply(
+            stream: Stream, cache: LayerCache, factors: LayerFactors, layer: tuple[jax.Array, ...]
+        ) -> tuple[Stream, LayerCache]:
+            """One layer; `layer` is its place in stacked caches, or empty."""
+
+            def write(old: jax.Array, new: jax.Array) -> jax.Array:
+                new = lax.expand_dims(attention.cache_rows(new), range(len(layer)))
+                return lax.dynamic_update_slice(old, new, (*layer, 0, slot, 0))
+
+            query, key, value = layers.query_key_value(stream, factors.attention, rotation, arch)
+            with jax.named_scope(ATTENTION_SCOPE):
+                cache = LayerCache(write(cache.key, key), write(cache.value, value))
+                key, value = (
+                    lax.dynamic_index_in_dim(x, *layer, keepdims=False) if layer else x
+                    for x in cache
+                )
+                attended = attention.to_cache(query, key, value, visible_BC)
+            stream = layers.add_attended(stream, attended, factors.attention, wire)
+            return layers.mlp(stream, factors.mlp, arch, wire), cache
+
+        def in_loop(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            # The loop carries the caches of all its layers: so they are updated in place.
+            layer, factors = inputs
+            return apply(*carry, factors, (layer,)), None
+
+        stream, updated = self._embed(weights, state.tokens[:, None]), []
+        with jax.named_scope(LAYERS):
+            for run_cache, factors in zip(cache, weights.runs, strict=True):
+                if self.config.compute.scan_layers:
+                    inputs = jnp.arange(len(run_cache.key)), factors
+                    (stream, run_cache), _ = lax.scan(in_loop, (stream, run_cache), inputs)
+                else:
+                    stream, run_cache = apply(stream, run_cache, factors, ())
+                updated.append(run_cache)
+        return stream, tuple(updated)
+
+    def _embed(self, weights: Weights, tokens_BT: jax.Array) -> Stream:
+        with jax.named_scope(EMBEDDING):
+            return model_lib.embed(weights.table, tokens_BT, self.config.model, self._wire)
+
+    def _choose(
+        self, weights: Weights, stream: Stream, step: jax.Array, settings: Sampling, kind: str
+    ) -> jax.Array:
+        """The tokens [B] after streams of one position."""
+        with jax.named_scope(HEAD_AND_LOSS):
+            logits = self._logits(weights, stream)
+            return sampling.next_tokens(logits, step, settings, kind)
+
+    def _logits(self, weights: Weights, stream: Stream) -> jax.Array:
+        """Of streams of one position, float32 [G, B, this device's part of V]."""
+        epsilon = self.config.model.norm_epsilon
+        logits = partial_sync.norm_and_project(
+            stream, weights.head, epsilon=epsilon, out_dtype=jnp.float32
+        )
+        return logits[:, :, 0]

@@ -1,0 +1,129 @@
+"""Text from text: a run's checkpoint continues prompts, and what is printed is always whole."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.resolve import resolve_mesh
+from caat_jax.config.sections import Config
+from caat_jax.data.tokenizers import Tokenizer, load_tokenizer
+from caat_jax.devices import sharding
+from caat_jax.errors import InputError
+from caat_jax.inference.generator import Generator
+from caat_jax.training.step import Programs
+
+# What tokenisers decode bytes to that are no UTF-8, perhaps for lack of those that follow.
+_NOT_UTF8 = "\N{REPLACEMENT CHARACTER}"
+# So many bytes of a character may lie before its last one, some tokenisers giving one for each.
+_LONGEST_UNFINISHED = 3
+
+
+class TextGenerator:
+    """Continues texts with the model of one checkpoint."""
+
+    def __init__(self, workdir: Path, step: int, config: Config):
+        """Loads the parameters onto this machine's devices, whatever they were trained on.
+
+        Args:
+          workdir: the folder that train.py wrote.
+          step: of the checkpoint.
+          config: the checkpoint's.
+
+        Raises:
+          InputError: the devices or the tokeniser do not fit the configuration.
+        """
+        mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
+        self._tokenizer = load_tokenizer(config.data.tokenizer)
+        with Checkpoints(workdir) as checkpoints:
+            parameters = checkpoints.restore_parameters(step, Programs(config, mesh))
+        self._generator = Generator(config, mesh, parameters)
+
+    def stream(
+        self,
+        prompts: list[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+    ) -> Iterator[tuple[int, str, bool]]:
+        """(number of a prompt, what follows its text so far, whether that is all), as it comes.
+
+        Each prompt is taken for the begin of a document, and ends with the document.  The arguments
+        are those of `Generator.generate`, which raises `InputError` here at once.
+        """
+        tokenizer = self._tokenizer
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+        steps = self._generator.stream(
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_ids=(tokenizer.eos_id,),
+        )
+        return _texts(steps, [Continuation(tokenizer, prompt) for prompt in ids])
+
+
+class Continuation:
+    """Token by token, the text that follows a prompt, in whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids)
+        # Decoded with the prompt: the same token may mean " word" after it and "word" alone.
+        self._shown = len(tokenizer.decode(prompt_ids))
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty while a character lacks bytes."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        unfinished = len(text) - len(text.rstrip(_NOT_UTF8))
+        return self._show(text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)])
+
+    def finish(self) -> str:
+        """What was held back: bytes that no others completed, as replacement characters."""
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown += len(new)
+        return new
+
+
+def _texts(
+    steps: Iterator[dict[int, int]], continuations: list[Continuation]
+) -> Iterator[tuple[int, str, bool]]:
+    going_on = set(range(len(continuations)))
+    for tokens in steps:
+        for row in sorted(going_on - tokens.keys()):
+            yield row, continuations[row].finish(), True
+        going_on &= tokens.keys()
+        for row, token in tokens.items():
+            yield row, continuations[row].add(token), False
+    for row in sorted(going_on):
+        yield row, continuations[row].finish(), True
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line.
+
+    Raises:
+      InputError: the file cannot be read, is no UTF-8, or has an empty line.
+    """
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except OSError as error:
+        raise InputError(f"--prompt_file={path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt_file={path} is not UTF-8 at byte {error.start}") from error
+    if not lines:
+        raise InputError(f"--prompt_file={path} is empty; write one prompt a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(f"--prompt_file={path}: line {number} is empty; write a prompt there")
+    return lines

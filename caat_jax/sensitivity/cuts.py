@@ -1,0 +1,101 @@
+"""How far the validation loss rises when the synchronisation of one sublayer is cut.
+
+A cut is a model of its own: the checkpoint's parameters, which have the same shapes whatever the
+factors, in the architecture in which one sublayer has a smaller factor.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import tqdm
+
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.architecture import Architecture
+from caat_jax.config.resolve import resolve_mesh
+from caat_jax.config.sections import Config
+from caat_jax.data.token_cache import open_cache
+from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.devices import processes, sharding
+from caat_jax.training.step import Programs
+from caat_jax.training.validation import validation_loss
+
+SUBLAYERS = ("attention", "mlp")  # as in each pair of `Architecture.sync_factors`
+
+
+class Cut(NamedTuple):
+    """One sublayer's factor made smaller."""
+
+    layer: int  # from 0
+    sublayer: str  # of SUBLAYERS
+    sync_factor: float
+
+
+class Sensitivity(NamedTuple):
+    """A checkpoint's validation losses with and without cuts, all over the same sequences."""
+
+    step: int
+    config: Config  # the checkpoint's
+    uncut_loss: float  # nats a token
+    cut_losses: dict[Cut, float]
+
+    def rise(self, cut: Cut) -> float:
+        """Of the loss, in nats a token; negative where the cut made it smaller."""
+        return self.cut_losses[cut] - self.uncut_loss
+
+    def sync_factors(self) -> list[float]:
+        """Those that were cut to, the largest first."""
+        return sorted({cut.sync_factor for cut in self.cut_losses}, reverse=True)
+
+
+def cuts_below(model: Architecture, sync_factors: Sequence[float]) -> list[Cut]:
+    """Every sublayer cut to each of these factors that is below its own."""
+    return [
+        Cut(layer, sublayer, factor)
+        for layer, pair in enumerate(model.sync_factors)
+        for sublayer, own in zip(SUBLAYERS, pair, strict=True)
+        for factor in sync_factors
+        if factor < own
+    ]
+
+
+def measure(
+    workdir: Path, step: int, config: Config, cuts: Sequence[Cut], sequences: int
+) -> Sensitivity:
+    """Evaluates a checkpoint and its cuts on this machine's devices, whatever it was trained on.
+
+    Every process of the run calls it.
+
+    Args:
+      workdir: of the run.
+      step: the checkpoint's.
+      config: the checkpoint's.
+      cuts: what to measure; each is compiled on its own.
+      sequences: how many of the validation split's, from its beginning; -1: all.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    train = dataclasses.replace(config.train, eval_sequences=sequences)
+    uncut = dataclasses.replace(config.with_vocabulary(tokenizer.size), train=train)
+    mesh = sharding.create_mesh(resolve_mesh(uncut, len(jax.devices())))
+    validation = open_cache(uncut.data, tokenizer).validation
+    programs = Programs(uncut, mesh)
+    with Checkpoints(workdir) as checkpoints:
+        parameters = checkpoints.restore_parameters(step, programs)
+    uncut_loss = validation_loss(programs, parameters, validation)
+    losses = {}
+    # No bar where the output is no terminal, nor on other processes than the first.
+    disable = None if processes.is_first() else True
+    for cut in tqdm.tqdm(cuts, "cutting", unit="cut", dynamic_ncols=True, disable=disable):
+        programs = Programs(uncut.with_sync_factors(_applied(cut, uncut.model)), mesh)
+        losses[cut] = validation_loss(programs, parameters, validation)
+        # JAX keeps a compiled program for as long as its function lives, and `Programs` has cycles.
+        programs.eval_step.clear_cache()
+    return Sensitivity(step, config, uncut_loss, losses)
+
+
+def _applied(cut: Cut, model: Architecture) -> tuple[tuple[float, float], ...]:
+    factors = [list(pair) for pair in model.sync_factors]
+    factors[cut.layer][SUBLAYERS.index(cut.sublayer)] = cut.sync_factor
+    return tuple(map(tuple, factors))

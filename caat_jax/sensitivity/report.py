@@ -1,0 +1,111 @@
+"""What single cuts cost, as a table, as CSV and as a picture."""
+
+import csv
+import io
+import math
+import textwrap
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
+
+from caat_jax.plot import COLOURS, MARKERS
+from caat_jax.sensitivity.cuts import SUBLAYERS, Cut, Sensitivity
+
+COLUMNS = ("layer", "sublayer", "sync_factor", "loss", "rise")
+WIDTH = 80
+
+_FACTORS_IN_A_LINE = 5  # that WIDTH has room for
+# Of the picture: one sublayer, often in the first layer, may dwarf the others, so that rises are
+# drawn on a logarithmic scale from the smaller value on where any is above the larger.
+_LOGARITHMIC_FROM, _LOGARITHMIC_IF_ABOVE = 0.01, 0.1
+
+
+def table(sensitivity: Sensitivity) -> str:
+    """For a terminal of 80 columns; a dash where a sublayer's own factor is not above the cut."""
+    model = sensitivity.config.model
+    lines = textwrap.wrap(
+        f"step {sensitivity.step}, S={model.tp_shards}, p={model.describe_sync_factors()}:"
+        f" validation loss {sensitivity.uncut_loss:.6f} nats per token. It rises by so much when"
+        " one sublayer alone is cut to the factor at the head of the column:",
+        WIDTH,
+    )
+    factors = sensitivity.sync_factors()
+    for first in range(0, len(factors), _FACTORS_IN_A_LINE):
+        some = factors[first : first + _FACTORS_IN_A_LINE]
+        heads = "".join(f"{factor:>10g}" for factor in some)
+        lines += ["", f"{'layer':>5}  {'sublayer':<9}  {'own':>8}{heads}"]
+        for layer, pair in enumerate(model.sync_factors):
+            for sublayer, own in zip(SUBLAYERS, pair, strict=True):
+                cells = (_cell(sensitivity, Cut(layer, sublayer, factor)) for factor in some)
+                lines.append(f"{layer:>5}  {sublayer:<9}  {own:>8g}{''.join(cells)}")
+    return "\n".join(lines)
+
+
+def _cell(sensitivity: Sensitivity, cut: Cut) -> str:
+    return f"{sensitivity.rise(cut):>+10.4f}" if cut in sensitivity.cut_losses else f"{'-':>10}"
+
+
+def to_csv(sensitivity: Sensitivity) -> str:
+    """The model without a cut in the first row, which has no layer; then one row a cut."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerow(("", "", "", sensitivity.uncut_loss, 0.0))
+    for cut, loss in sensitivity.cut_losses.items():
+        writer.writerow((*cut, loss, sensitivity.rise(cut)))
+    return text.getvalue()
+
+
+def to_png(sensitivity: Sensitivity) -> bytes:
+    """A panel for attention and one for the MLP; a line for each of up to 8 factors."""
+    model = sensitivity.config.model
+    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(SUBLAYERS), sharex=True, sharey=True)
+    for panel, sublayer, title in zip(panels, SUBLAYERS, ("Attention", "MLP"), strict=True):
+        _plot_sublayer(panel, sensitivity, sublayer)
+        panel.set_title(title, fontsize=11, loc="left")
+    if any(abs(sensitivity.rise(cut)) > _LOGARITHMIC_IF_ABOVE for cut in sensitivity.cut_losses):
+        _scale_logarithmically(panels[0].yaxis)
+    panels[0].set_ylabel("rise of the validation loss, nats per token")
+    panels[0].legend(title="cut to", title_fontsize=9, fontsize=9, framealpha=0.9, edgecolor="none")
+    factors = textwrap.shorten(model.describe_sync_factors(), 100, placeholder=" …")
+    figure.suptitle(
+        f"One sublayer cut at a time: step {sensitivity.step}, S = {model.tp_shards},"
+        f" p = {factors}, validation loss {sensitivity.uncut_loss:.4f}",
+        fontsize=11,
+    )
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def _scale_logarithmically(axis: Axis) -> None:
+    """But linearly around 0, since rises may be negative."""
+    axis.axes.set_yscale("symlog", linthresh=_LOGARITHMIC_FROM)
+    axis.set_major_locator(SymmetricalLogLocator(axis.get_transform(), subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _plot_sublayer(panel: Axes, sensitivity: Sensitivity, sublayer: str) -> None:
+    layers = range(sensitivity.config.model.layers)
+    panel.axhline(0, color="#888888", linewidth=0.8)
+    for factor, colour, marker in zip(sensitivity.sync_factors(), COLOURS, MARKERS, strict=False):
+        cuts = [Cut(layer, sublayer, factor) for layer in layers]
+        panel.plot(
+            layers,
+            [sensitivity.rise(c) if c in sensitivity.cut_losses else math.nan for c in cuts],
+            label=f"{factor:g}",
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            linewidth=2,
+        )
+    panel.set_xlabel("layer")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panel.grid(color="#e6e6e6", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,144 @@
+"""Predicts the step time of a configuration on chips that need not be there.
+
+    python -m caat_jax.step_time --config=configs/llama_7b.py --devices=64 --chip=v5p \
+        --chip=h100-nvlink [--p=1 --p=0.5] [--efficiency=0.6] [--output=step_time.png] [--json]
+
+A chip of one's own: --flops=… --memory_rate=… --link_bandwidth=… --link_latency=….  The formulae,
+the chips' figures with their sources, and what is left out: docs/step_time_model.md.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from caat_jax import command_line
+from caat_jax.config.resolve import resolve_mesh
+from caat_jax.config.sections import Config
+from caat_jax.devices import chips
+from caat_jax.devices.chips import Chip, Link
+from caat_jax.errors import InputError
+from caat_jax.plot import COLOURS
+from caat_jax.step_time import model, report
+
+_CONFIG = command_line.config_flag()
+_DEVICES = flags.DEFINE_integer("devices", None, "How many chips.", required=True)
+_CHIP = flags.DEFINE_multi_string("chip", [], "A chip of the table; may be repeated.")
+_P = flags.DEFINE_multi_float(
+    "p", [1.0, 0.5, 0.25], "A synchronisation factor of every sublayer; 1 is always there."
+)
+_EFFICIENCY = flags.DEFINE_float(
+    "efficiency", 1.0, "The share of its peak FLOP/s that a chip reaches in matrix products."
+)
+_OWN = {
+    "flops": flags.DEFINE_float("flops", None, "Own chip: FLOP/s in the configuration's type."),
+    "memory_rate": flags.DEFINE_float("memory_rate", None, "Own chip: memory bytes/s."),
+    "link_bandwidth": flags.DEFINE_float(
+        "link_bandwidth", None, "Own chip: bytes/s that a device sends, whatever the mesh axis."
+    ),
+    "link_latency": flags.DEFINE_float("link_latency", None, "Own chip: seconds a hop."),
+}
+_OUTPUT = flags.DEFINE_string("output", "step_time.png", "PNG to write; empty: none.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
+
+
+def main(config: Config) -> None:
+    jax.config.update("jax_platforms", "cpu")  # tracing needs no accelerator
+    own = own_chip({name: flag.value for name, flag in _OWN.items()}, _DEVICES.value)
+    chosen = [chips.chip(name) for name in dict.fromkeys(_CHIP.value)] + [own] * (own is not None)
+    configs = configurations(config, _DEVICES.value, _P.value)
+    check(configs[0], chosen, _EFFICIENCY.value)
+    works = [model.workload(each) for each in configs]
+    predictions = [
+        [model.predict(work, chip, _EFFICIENCY.value) for work in works] for chip in chosen
+    ]
+    if _OUTPUT.value:
+        report.plot(predictions, Path(_OUTPUT.value))
+    if _JSON.value:
+        print(json.dumps(report.to_json(predictions, _EFFICIENCY.value), indent=2))
+    else:
+        print(report.table(predictions, _EFFICIENCY.value))
+        if _OUTPUT.value:
+            print(f"\nPlotted: {Path(_OUTPUT.value).resolve()}")
+
+
+def configurations(config: Config, devices: int, factors: Sequence[float]) -> list[Config]:
+    """One configuration for every p, p = 1 first; last its own, where it differs by sublayer.
+
+    Raises:
+      InputError: a factor outside [0, 1], no vocabulary, devices that the mesh cannot use.
+    """
+    for p in factors:
+        if not 0 <= p <= 1:
+            raise InputError(f"--p={p:g} is outside [0, 1]")
+    if devices < 1:
+        raise InputError(f"--devices={devices} must be at least 1")
+    if config.model.vocab_size == -1:
+        raise InputError(
+            "model.vocab_size=-1 is the tokeniser's, which is not read here; give it, such as"
+            " --config.model.vocab_size=32000"
+        )
+    config = dataclasses.replace(config, mesh=resolve_mesh(config, devices))
+    ordered = sorted({1.0, *factors}, reverse=True)
+    chosen = [config.with_sync_factor(p) for p in ordered]
+    differing = len({p for pair in config.model.sync_factors for p in pair}) > 1
+    return chosen + [config] * differing
+
+
+def own_chip(figures: dict[str, float | None], devices: int) -> Chip | None:
+    """The chip of the user's numbers, or None where there are none.
+
+    Raises:
+      InputError: some are given and some are missing, or one is impossible.
+    """
+    missing = [f"--{name}" for name, value in figures.items() if value is None]
+    if len(missing) == len(figures):
+        return None
+    if missing:
+        raise InputError(f"a chip of your own also needs {', '.join(missing)}")
+    for name, value in figures.items():
+        if not (math.isfinite(value) and (value > 0 or (value == 0 and name == "link_latency"))):
+            raise InputError(f"--{name}={value:g} must be a finite number above 0")
+    link = Link(figures["link_bandwidth"], figures["link_latency"])
+    return Chip(
+        name="own",
+        description="the figures of the command line, one kind of link",
+        flops=figures["flops"],
+        memory_bytes=math.inf,
+        memory_rate=figures["memory_rate"],
+        domain=devices,
+        link=link,
+        network=link,
+        sources=dict.fromkeys(chips.FIGURES, "the command line"),
+    )
+
+
+def check(config: Config, chosen: Sequence[Chip], efficiency: float) -> None:
+    """Refuses what the model can say nothing about.
+
+    Raises:
+      InputError: no chip or too many, an impossible efficiency, a type without figures.
+    """
+    names = ", ".join(known.name for known in chips.CHIPS)
+    if not chosen:
+        raise InputError(
+            f"--chip is missing; there are {names}; or give all of"
+            f" {', '.join(f'--{name}' for name in _OWN)}"
+        )
+    if len(chosen) > len(COLOURS):
+        raise InputError(f"{len(chosen)} chips; more than {len(COLOURS)} cannot be told apart")
+    if not 0 < efficiency <= 1:
+        raise InputError(f"--efficiency={efficiency:g} is outside (0, 1]")
+    if config.compute.dtype != "bfloat16" and any(known in chips.CHIPS for known in chosen):
+        raise InputError(
+            f"compute.dtype={config.compute.dtype}, but the table has FLOP/s of bfloat16 only; give"
+            " --config.compute.dtype=bfloat16, or a chip of your own with --flops"
+        )
+
+
+if __name__ == "__main__":
+    command_line.run(main, _CONFIG)

@@ -1,0 +1,188 @@
+"""Predicts the time of a training step from a traced program and a chip's figures.
+
+    product       max(FLOPs / (peak · efficiency), bytes / memory rate); attention: the FLOPs alone
+    optimizer     bytes / memory rate
+    collective    hops · latency + bytes each device sends / bandwidth
+
+A ring of n devices takes n − 1 hops to gather or to scatter, and both for an all-reduce.  Each
+reduction over `model` stands between two products of its layer, so all of its time counts as
+exposed; what a compiler finds to run beside it is left out (docs/communication.md).  The gathers of
+parameters and the sums of gradients (`fsdp`, `data`) depend on nothing close by and can run while
+the device computes; how many do is the compiler's business, so there are two bounds: all that can,
+and none.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from caat_jax.communication import traced_programs
+from caat_jax.communication.collectives import Collective
+from caat_jax.communication.traced_programs import MatrixProduct, Operations
+from caat_jax.config.sections import Config, MeshConfig
+from caat_jax.devices import sharding
+from caat_jax.devices.chips import Chip, Link
+from caat_jax.model.scopes import ATTENTION_SCOPE
+from caat_jax.training.metrics import model_flops_per_token
+from caat_jax.training.step import Programs
+
+# float32 arrays the size of the parameters that AdamW with clipping moves: it reads the gradient
+# for its norm, then gradient, parameter and two moments, and writes the last three.
+_OPTIMIZER_PASSES = 8
+_CAN_OVERLAP = ("parameter gather", "gradient reduction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What every device does in one training step, whatever the chip."""
+
+    config: Config  # its mesh has no size left at -1
+    operations: Operations
+    parameters: int  # that one device holds
+    state_bytes: int  # parameters, moments and counters of one device
+
+    @property
+    def devices(self) -> int:
+        mesh = self.config.mesh
+        return mesh.data * mesh.fsdp * mesh.model
+
+    @property
+    def tokens(self) -> int:
+        """Of one step, over all devices."""
+        return self.config.train.global_batch * self.config.data.sequence_length
+
+    @property
+    def shared(self) -> float:
+        """The mean over sublayers of D_s / D."""
+        widths = [width for pair in self.config.model.sync_widths for width in pair]
+        return sum(widths) / len(widths) / self.config.model.embed_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The seconds of one step on one chip.
+
+    `overlap` below: True when all communication that can run beside compute does, False when
+    none does.
+    """
+
+    workload: Workload
+    chip: Chip
+    products: float
+    optimizer: float
+    reductions: float  # over `model`, and the loss's: never hidden
+    overlappable: float  # gathers of parameters, sums of gradients
+
+    @property
+    def compute(self) -> float:
+        return self.products + self.optimizer
+
+    def exposed(self, overlap: bool) -> float:
+        """Communication during which nothing is computed."""
+        hidden = min(self.compute, self.overlappable) if overlap else 0.0
+        return self.reductions + self.overlappable - hidden
+
+    def step(self, overlap: bool) -> float:
+        return self.compute + self.exposed(overlap)
+
+    def tokens_per_second(self, overlap: bool) -> float:
+        """Of one device."""
+        return self.workload.tokens / self.workload.devices / self.step(overlap)
+
+    def mfu(self, overlap: bool) -> float:
+        """Model FLOPs utilisation, a fraction of 1."""
+        config = self.workload.config
+        per_token = model_flops_per_token(config.model, config.data.sequence_length)
+        return self.tokens_per_second(overlap) * per_token / self.chip.flops
+
+    @property
+    def state_fits(self) -> bool:
+        """Whether the training state alone fits into memory; activations come on top."""
+        return self.workload.state_bytes <= self.chip.memory_bytes
+
+
+def workload(config: Config) -> Workload:
+    """Traces the training step on a mesh without devices, and counts.
+
+    Args:
+      config: with every mesh size and the vocabulary known.
+    """
+    programs = Programs(config, sharding.abstract_mesh(config.mesh))
+    return Workload(
+        config=config,
+        operations=traced_programs.count(programs.trace_train_step().jaxpr),
+        parameters=sum(_local_sizes(programs.state_shapes.parameters)),
+        state_bytes=sum(
+            size * leaf.dtype.itemsize
+            for size, leaf in zip(
+                _local_sizes(programs.state_shapes),
+                jax.tree.leaves(programs.state_shapes),
+                strict=True,
+            )
+        ),
+    )
+
+
+def predict(work: Workload, chip: Chip, efficiency: float = 1.0) -> Prediction:
+    """The step time of this work on this chip.
+
+    Args:
+      work: see `workload`.
+      chip: whose figures to take.
+      efficiency: the share of the peak FLOP/s that matrix products reach, above 0, at most 1.
+    """
+    mesh, counted = work.config.mesh, work.operations
+    reductions, overlappable = 0.0, 0.0
+    for collective in counted.collectives:
+        link = chip.link_over(span(collective.axes, mesh))
+        seconds = collective.times * collective_seconds(collective, link)
+        if collective.place in _CAN_OVERLAP:
+            overlappable += seconds
+        else:
+            reductions += seconds
+    return Prediction(
+        workload=work,
+        chip=chip,
+        products=sum(p.times * product_seconds(p, chip, efficiency) for p in counted.products),
+        optimizer=_OPTIMIZER_PASSES * 4 * work.parameters / chip.memory_rate,
+        reductions=reductions,
+        overlappable=overlappable,
+    )
+
+
+def product_seconds(product: MatrixProduct, chip: Chip, efficiency: float) -> float:
+    """One execution: arithmetic and memory traffic run beside each other.
+
+    A fused kernel computes attention on accelerators: its scores never reach the memory.
+    """
+    arithmetic = product.flops / (chip.flops * efficiency)
+    return (
+        arithmetic
+        if ATTENTION_SCOPE in product.name
+        else max(arithmetic, product.bytes / chip.memory_rate)
+    )
+
+
+def collective_seconds(collective: Collective, link: Link) -> float:
+    """One execution."""
+    hops = 1 if collective.kind == "collective-permute" else link.hops(collective.group_size)
+    rounds = 2 if collective.kind == "all-reduce" else 1
+    sending = collective.wire_bytes / link.send_rate(collective.group_size)
+    return rounds * hops * link.latency + sending
+
+
+def span(axes: tuple[str, ...], mesh: MeshConfig) -> int:
+    """How far apart in the mesh the devices of one group lie, its ends included, at most.
+
+    Devices are numbered along `sharding.MESH_AXES`, the last axis first: neighbours on `model`
+    are neighbours, neighbours on `fsdp` are a whole `model` axis apart.
+    """
+    outermost = min(sharding.MESH_AXES.index(axis) for axis in axes)
+    return math.prod(getattr(mesh, axis) for axis in sharding.MESH_AXES[outermost:])
+
+
+def _local_sizes(shapes: Any) -> list[int]:
+    """The elements of each leaf that lie on one device."""
+    return [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(shapes)]

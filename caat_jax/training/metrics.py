@@ -1,0 +1,268 @@
+"""What a run measures: the file of metrics, its reader, throughput and model FLOPs.
+
+`WORKDIR/metrics.jsonl` holds one JSON object a line: `{"step": 10, "train/loss": 2.5, ...}`.
+Floats are written as `repr` writes them, so reading gives back the same bits; JSON has no number
+for those that are not finite, so they are the strings "nan", "inf" and "-inf".  A line counts once
+its newline is written: a last line without one was cut off when the run was killed.
+
+TensorBoard events of the same values lie in `WORKDIR/tensorboard/`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from caat_jax.config.architecture import Architecture
+from caat_jax.devices import chips
+from caat_jax.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# Others read the metrics as they come; TensorBoard's events reach the disk this often.
+_EVENTS_EVERY_SECONDS = 30
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
+class MetricsWriter:
+    """Appends to `WORKDIR/metrics.jsonl` and to TensorBoard events; one process writes.
+
+    A context manager: leaving it closes both.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
+        """Opens both for appending.
+
+        Args:
+          workdir: a folder of a file system (not a bucket); made when missing.
+          resume_step: the step of the checkpoint that the run continues from.  Lines of later
+            steps, which a run wrote between that checkpoint and its end, are dropped, so that no
+            step is there twice.  None: a run from the beginning, so all lines are dropped.
+
+        Raises:
+          InputError: the file that is there is malformed; the message names the line.
+        """
+        last_step = -1 if resume_step is None else resume_step
+        self.workdir = Path(workdir)
+        events = self.workdir / TENSORBOARD_FOLDER
+        path = self.workdir / METRICS_FILE
+        with self._write_errors():
+            events.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_lines_after(path, last_step)
+            # Line buffering: whoever follows the run sees a line as soon as it is written.
+            self._lines = path.open("a", encoding="utf-8", buffering=1)
+            # Without tensorboardX's SummaryWriter: its thread dies, with a traceback, of a full
+            # disk.  File names have the time in seconds only; a restart must not overwrite.
+            self._events = EventsWriter(str(events / "events"), f".{last_step + 1}")
+            # TensorBoard hides older events from this step on.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(
+                Event(wall_time=time.time(), step=last_step + 1, session_log=start)
+            )
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line; `values` maps names such as "train/loss" to anything `float` takes.
+
+        Raises:
+          InputError: the disk does not take it.
+        """
+        values = {name: float(value) for name, value in values.items()}
+        line = {name: json_number(value) for name, value in values.items()}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        with self._write_errors():
+            self._lines.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
+            self._events.write_event(event)
+            if time.monotonic() > self._flushed + _EVENTS_EVERY_SECONDS:
+                self._events.flush()
+                self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes; nothing can be written afterwards."""
+        with self._write_errors():
+            try:
+                self._lines.close()
+            finally:
+                self._events.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is more to the point than what its end could not write.
+        with contextlib.nullcontext() if exception is None else contextlib.suppress(InputError):
+            self.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"the metrics in {self.workdir} cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def json_number(value: float) -> float | str:
+    """The value, or "nan", "inf" or "-inf", for which JSON has no number."""
+    return value if math.isfinite(value) else str(value)
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads a metrics file, also that of a run that goes on or was killed.
+
+    Returns:
+      For each name: the steps at which it was written (int64) and its values there (float64), in
+      the order of the file.
+
+    Raises:
+      InputError: the file is missing or malformed; the message names the file and the line.
+    """
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    for _, step, values in _complete_lines(Path(path)):
+        for name, value in values.items():
+            steps, column = columns.setdefault(name, ([], []))
+            steps.append(step)
+            column.append(value)
+    return {
+        name: (np.array(steps, np.int64), np.array(column, np.float64))
+        for name, (steps, column) in columns.items()
+    }
+
+
+def model_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
+    """Floating-point operations of one training step per token, forward and backward.
+
+    PaLM (arXiv:2204.02311), appendix B: 6·N + 12·layers·heads·head_dim·T.  N counts the matrix
+    parameters a token is multiplied with: projections, MLP and head (with the vocabulary's
+    padding), not the embedding look-up and not the norms.  Attention is causal, so a token meets
+    T/2 others on average and its term is halved here: 6·layers·heads·head_dim·T.
+
+    What rematerialisation computes a second time is not counted: divided by peak FLOP/s this gives
+    model (MFU), not hardware FLOPs utilisation.  The synchronisation factors change nothing: the
+    shards' matrices have the dense model's sizes together, whatever p.
+    """
+    width, head_dim = architecture.embed_dim, architecture.head_dim
+    query_and_output = 2 * width * architecture.heads * head_dim
+    key_and_value = 2 * width * architecture.kv_heads * head_dim
+    gate_up_and_down = 3 * width * architecture.mlp_dim
+    layer = query_and_output + key_and_value + gate_up_and_down
+    matrix_parameters = architecture.layers * layer + width * architecture.vocab_size
+    attention = 6 * architecture.layers * architecture.heads * head_dim * sequence_length
+    return float(6 * matrix_parameters + attention)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """The vendor's dense peak of one device in FLOP/s, or None where none is known.
+
+    Args:
+      device_kind: as `jax.Device.device_kind` has it.
+      dtype: of the matrix products, `config.Compute.dtype`.  Only bfloat16 has figures: vendors
+        give none for float32 on TPUs, and on GPUs it depends on the matmul precision.
+    """
+    chip = chips.by_device_kind(device_kind)
+    return chip.flops if chip and dtype == "bfloat16" else None
+
+
+class Throughput:
+    """Step time, tokens per second and MFU over the interval since the last measurement."""
+
+    def __init__(
+        self,
+        step: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Starts the first interval.
+
+        Args:
+          step: steps completed so far.
+          tokens_per_step: of the global batch, on all devices together.
+          flops_per_token: see `model_flops_per_token`.
+          peak_flops: FLOP/s of all devices together; None leaves MFU out.
+          clock: seconds since some moment.
+        """
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Starts an interval, so that what went before (evaluation, a save) is not in it."""
+        self._step, self._start = step, self._clock()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The metrics of the steps since the interval's start, which must be some; starts anew.
+
+        Returns:
+          "step_time_ms" (milliseconds), "tokens_per_second" (all devices together) and, where the
+          peak is known, "mfu" (a fraction of 1).
+        """
+        steps, seconds = step - self._step, self._clock() - self._start
+        self.restart(step)
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        measured = {
+            "step_time_ms": 1000 * seconds / steps,
+            "tokens_per_second": tokens_per_second,
+        }
+        if self._peak_flops is not None:
+            measured["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        return measured
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, int, dict[str, float]]]:
+    """Each line that ends with a newline: as it is, its step, and its values by name."""
+    try:
+        *lines, _cut_off = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; train.py writes it into its --workdir"
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line.decode(), parse_constant=_refuse_constant)
+            step = values.pop("step")
+            if type(step) is not int:
+                raise ValueError(f"its step is {step!r}, not an integer")
+            values = {name: _to_float(name, value) for name, value in values.items()}
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+            reason = str(error) if type(error) is ValueError else "not a JSON object with a step"
+            raise InputError(f"{path}, line {number}: {reason}") from None
+        yield line + b"\n", step, values
+
+
+def _to_float(name: str, value: Any) -> float:
+    if type(value) in (int, float) or value in _NOT_FINITE:
+        return float(value)
+    raise ValueError(f"{name} is {value!r}; a number or one of {', '.join(_NOT_FINITE)} is allowed")
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f'{constant} is not JSON; a value that is not finite is a string here, "nan"')
+
+
+def _drop_lines_after(path: Path, last_step: int) -> None:
+    """Keeps the complete lines of steps up to `last_step`; the file is replaced in one go."""
+    kept = b"".join(line for line, step, _ in _complete_lines(path) if step <= last_step)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure could leave the new name without its content
+    temporary.replace(path)

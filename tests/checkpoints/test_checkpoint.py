@@ -1,0 +1,230 @@
+"""Checkpoints that are damaged, cut off, or restored on another mesh; disks that are full."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from caat_jax.checkpoints import checkpoints as checkpoint
+from caat_jax.checkpoints.checkpoints import SET_ASIDE_FOLDER, Checkpoints
+from caat_jax.config.resolve import resolve, resolve_mesh
+from caat_jax.data.loader import NOTHING_READ
+from caat_jax.devices import sharding
+from caat_jax.errors import InputError
+from caat_jax.training.step import Programs
+from configs import base
+from tests import runs
+from tests.command_line import REPOSITORY
+
+STEPS = (5, 10)
+VOCAB_SIZE = 264
+
+
+def programs_on(mesh, accumulation_steps=1):
+    config = base.get_config()
+    config.update_from_flattened_dict(runs.SMALL)
+    config.model.vocab_size = VOCAB_SIZE
+    config.train.accumulation_steps = accumulation_steps
+    config.mesh.update(dict(zip(sharding.MESH_AXES, mesh, strict=True)))
+    config = resolve(config)
+    count = np.prod(mesh)
+    sizes = resolve_mesh(config, count)
+    return Programs(config, sharding.create_mesh(sizes, jax.devices()[:count]))
+
+
+def step_on_batch(programs, state):
+    """The next state and its loss and gradient norm, of a batch that is always the same."""
+    shape = (programs.config.train.global_batch, programs.config.data.sequence_length + 1)
+    rows = np.random.default_rng(0).integers(VOCAB_SIZE, size=shape, dtype=np.int32)
+    batch = jax.device_put(rows, programs.batch_sharding)
+    state, values = jax.block_until_ready(programs.train_step(state, batch))
+    return state, [float(values[f"train/{name}"]) for name in ("loss", "grad_norm")]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints 5 and 10 of (data 2, fsdp 2, model 2), and what comes after 10."""
+    workdir = tmp_path_factory.mktemp("saved") / "run"
+    programs = programs_on((2, 2, 2))
+    state = programs.initial_state()
+    with Checkpoints(workdir) as checkpoints:
+        for step in STEPS:
+            state, _ = step_on_batch(programs, state)
+            checkpoints.save(state, step, programs.config, NOTHING_READ)
+            checkpoints.wait()
+    _, after = step_on_batch(programs, state)
+    return workdir, after
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 8), (4, 1, 2), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_next_step_on_another_mesh(saved, mesh):
+    workdir, expected = saved
+    programs = programs_on(mesh)
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.resume_step() == STEPS[-1]
+        state, _ = checkpoints.restore(STEPS[-1], programs)
+    assert step_on_batch(programs, state)[1] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- Damage -----------------------------------------------------------------------------------
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files_of(folder)}
+
+
+# Orbax writes into these after the digests are taken: the moment of the commit.
+COMMIT_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def damage(folder, chance):
+    """Damages a checkpoint in some way; the name of the way."""
+    path = chance.choice([p for p in files_of(folder) if p.name not in COMMIT_FILES])
+    way = chance.choice(("truncated", "flipped", "removed", "zeroed", "folder", "empty", "gone"))
+    data = bytearray(path.read_bytes())
+    if way == "truncated":
+        path.write_bytes(data[: chance.randrange(len(data))])
+    elif way == "flipped":
+        for _ in range(chance.choice((1, 1, 20))):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+    elif way == "removed":
+        path.unlink()
+    elif way == "zeroed":
+        start = chance.randrange(len(data))
+        path.write_bytes(data[:start] + bytes(len(data) - start))
+    elif way == "folder":  # of a part of the state: what a mount that is not there looks like
+        shutil.rmtree(folder / "state")
+    elif way == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    else:  # unreadable: a link to nowhere
+        path.unlink()
+        path.symlink_to("nowhere")
+    return way
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_damage_ends_in_the_checkpoint_before(saved, tmp_path, capsys, seed):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved[0], workdir, symlinks=True)
+    newest, intact = (workdir / "checkpoints" / str(step) for step in reversed(STEPS))
+    before = content(newest)
+    damage(newest, random.Random(seed))
+    after = content(newest)
+    assert after != before
+
+    step, config = checkpoint.newest_config(workdir)  # as eval.py and generate.py do
+    said = capsys.readouterr().err
+    assert step == STEPS[0] and config.model.vocab_size == VOCAB_SIZE
+    assert said.count("\n") == 1 and said.startswith(f"warning: {newest} is damaged (")
+    assert content(newest) == after
+
+    with Checkpoints(workdir) as checkpoints:  # as train.py does
+        assert checkpoints.resume_step() == STEPS[0]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{newest} is damaged (" in said
+    assert "goes on from step 5" in said
+    assert content(workdir / SET_ASIDE_FOLDER / newest.name) == after
+    assert not newest.exists() and content(intact) == content(saved[0] / "checkpoints" / "5")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"item_handlers", b"item_handlerz"), (b"{", b"["), (b'"', b"\xff")], ids=str
+)
+def test_damaged_metadata(saved, tmp_path, capsys, old, new):
+    shutil.copytree(saved[0], tmp_path / "run")
+    path = tmp_path / "run/checkpoints/10/_CHECKPOINT_METADATA"
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    assert checkpoint.newest_config(tmp_path / "run")[0] == 5
+    assert "(_CHECKPOINT_METADATA is damaged)" in capsys.readouterr().err
+
+
+def test_nothing_undamaged_is_an_error_that_moves_nothing(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    for step in STEPS:
+        (folder / str(step) / "config/metadata").unlink()
+    before = content(tmp_path)
+    for read in (
+        lambda: checkpoint.newest_config(tmp_path / "run"),
+        lambda: Checkpoints(tmp_path / "run").resume_step(),
+    ):
+        with pytest.raises(InputError) as caught:
+            read()
+        said = f"{folder} has no undamaged checkpoint (10: config/metadata: No such file"
+        assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    assert content(tmp_path) == before
+
+
+def test_a_save_that_was_cut_off_is_set_aside(saved, tmp_path, capsys):
+    shutil.copytree(saved[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    for _ in range(2):  # the second time there is one of that name already
+        shutil.copytree(folder / "5", folder / "15.orbax-checkpoint-tmp")
+        with Checkpoints(tmp_path / "run") as checkpoints:
+            assert checkpoints.resume_step() == 10
+    aside = {path.name for path in (tmp_path / "run" / SET_ASIDE_FOLDER).iterdir()}
+    assert aside == {"15.orbax-checkpoint-tmp", "15.orbax-checkpoint-tmp.1"}
+    assert capsys.readouterr().err.count("was not completed") == 2
+    assert {path.name for path in folder.iterdir()} == {"5", "10"}
+
+
+def test_a_checkpoint_gets_its_name_after_its_digests(saved):
+    for step in STEPS:
+        folder = saved[0] / "checkpoints" / str(step)
+        listed = set(json.loads((folder / "digests.json").read_text()))
+        there = set(content(folder))
+        assert there - listed == {"digests.json", "commit_success.txt"}
+        assert any(name.startswith("state/d/") for name in listed)
+
+
+# ---- Disks ------------------------------------------------------------------------------------
+
+MOUNT = "mkdir -p {0} && mount -t tmpfs -o size={1}k tmpfs {0} && "
+
+
+def needs_mount():
+    """Mounting needs no root where users may have a namespace of their own."""
+    done = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
+    return pytest.mark.skipif(done.returncode != 0, reason="unshare -rm mount is not allowed here")
+
+
+def train_on(disk, kilobytes, fields, then=""):
+    """Trains on a small disk; exit code, stderr and the names of the checkpoints at the end."""
+    given = runs.SMALL | {"mesh.simulated_devices": 1} | fields
+    flags = " ".join(f"--config.{name}={value}" for name, value in given.items())
+    train = f"{runs.PYTHON} train.py --config=configs/tiny.py --workdir={disk}/run {flags}"
+    script = f"{MOUNT.format(disk, kilobytes)} {{ {then.format(disk)} {train}; code=$?; }}"
+    script += f"; ls {disk}/run/checkpoints; exit $code"
+    command = ["unshare", "-rm", "sh", "-c", script]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr, done.stdout.split()
+
+
+@needs_mount()
+def test_full_disk(tmp_path):
+    fields = runs.corpus(tmp_path) | {"train.checkpoint_every": 2, "train.checkpoints_to_keep": 9}
+    code, said, checkpoints = train_on(tmp_path / "disk", 1100, fields)
+    assert code == 2 and "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert "(No space left on device); the checkpoints before it are whole" in line
+    assert checkpoints[0] == "2"
+    assert not re.search(rf"checkpoints/({'|'.join(checkpoints)}) could", line)
+
+
+@needs_mount()
+def test_disk_that_cannot_be_written(tmp_path):
+    fields = runs.corpus(tmp_path)
+    code, said, _ = train_on(tmp_path / "disk", 1100, fields, then="mount -o remount,ro {0};")
+    (line,) = [line for line in said.splitlines() if not line.startswith("ls:")]
+    assert code == 2 and line.startswith("error: ") and "cannot be written" in line

@@ -1,0 +1,258 @@
+"""What compiled training steps communicate, against closed forms and the count of the trace."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from caat_jax.communication import audit as communication_audit
+from caat_jax.communication import collectives, report, traced_programs
+from caat_jax.communication.audit import Audit, audit
+from caat_jax.communication.compiled_programs import CompiledCollective
+from caat_jax.config.resolve import resolve, resolve_mesh
+from caat_jax.config.sections import Config, MeshConfig
+from caat_jax.devices import sharding, topology
+from caat_jax.errors import InputError
+from caat_jax.training.step import Programs
+from configs import llama_130m, tiny
+from tests import models
+
+MATRICES = 7  # of a layer
+RING = 7 / 8  # of a payload goes over each device's wire, for 8 devices
+
+
+def tiny_config(**compute) -> Config:
+    config = tiny.get_config()
+    config.compute.update(compute)
+    return resolve(config).with_vocabulary(258)
+
+
+def paper_130m(dtype, *, layers=12, remat=False) -> Config:
+    """The paper's 130M on 8 devices, 2 microbatches of 4 sequences."""
+    config = llama_130m.get_config()
+    config.model.layers = layers
+    config.compute.dtype = dtype
+    config.compute.remat = remat
+    config.train.update(dict(global_batch=8, accumulation_steps=2))
+    return resolve(config)
+
+
+@functools.cache
+def audited(config: Config, p: float, topology_name: str = "") -> Audit:
+    devices = topology.tpu_devices(topology_name) if topology_name else jax.devices()
+    sizes = resolve_mesh(config, len(devices))
+    return audit(Programs(config.with_sync_factor(p), sharding.create_mesh(sizes, devices)))
+
+
+def sent(found: Audit, place: str, kinds=collectives.KINDS) -> tuple[int, float]:
+    """How often operations run at a place over `model`, and the bytes that a device sends."""
+    those = [c for c in found.collectives if c.place == place and c.kind in kinds]
+    assert all(c.axes == ("model",) for c in those)
+    return sum(c.times for c in those), sum(c.times * c.wire_bytes for c in those)
+
+
+def check_layers_and_gather(found: Audit, config: Config, p: float, forward_bytes: int) -> None:
+    """The formulae of METHOD.md at M = S = 8: backward is float32, nothing is sent twice."""
+    arch, steps = config.model, config.train.accumulation_steps
+    tokens = config.train.global_batch * config.data.sequence_length  # of all microbatches
+    shared = int(arch.embed_dim * p)
+    sublayers = 2 * arch.layers
+    assert found.not_understood == ()
+    for place, size in (("layer forward", forward_bytes), ("layer backward", 4)):
+        runs, total = sent(found, place)
+        assert runs == (sublayers * steps if shared else 0)
+        assert total == sublayers * tokens * shared * size * 2 * RING
+    gathered = forward_bytes * tokens * arch.embed_dim * RING
+    assert sent(found, "embedding", ("all-gather",)) == (steps, gathered)
+
+
+def check_model_axis(found: Audit, config: Config, p: float, forward_bytes: int) -> None:
+    """The rest of it too; TPUs reduce-scatter only parts of at least 128 channels."""
+    check_layers_and_gather(found, config, p, forward_bytes)
+    arch, steps = config.model, config.train.accumulation_steps
+    tokens = config.train.global_batch * config.data.sequence_length
+    scattered = 4 * tokens * arch.embed_dim * RING
+    assert sent(found, "embedding", ("reduce-scatter",)) == (steps, scattered)
+    assert sent(found, "embedding")[0] == 2 * steps
+    # One number a token by maximum, two by sum.
+    assert sent(found, "head and loss") == (2 * steps, 3 * 4 * tokens * 2 * RING)
+    scales = sum(
+        np.prod(shape) * c.times
+        for c in found.collectives
+        if c.place == "gradient reduction"
+        for _, shape in c.arrays
+    )
+    assert scales == (2 * arch.layers + 1) * arch.embed_dim  # γ of all norms, once a step
+
+
+@pytest.mark.parametrize("p", [1.0, 0.5, 0.25, 0.0])
+@pytest.mark.parametrize("compute", [{}, {"scan_layers": True, "remat": True}])
+def test_tiny_on_the_simulated_mesh(compute, p):
+    config = tiny_config(**compute)
+    check_model_axis(audited(config, p), config, p, forward_bytes=4)
+
+
+@pytest.mark.parametrize("p", [1.0, 0.5])
+def test_130m_on_the_simulated_mesh(p):
+    # In float32: XLA's CPU backend reduces bfloat16 as float32.
+    config = paper_130m("float32")
+    check_model_axis(audited(config, p), config, p, forward_bytes=4)
+
+
+@models.needs_libtpu
+def test_tiny_on_a_tpu_pod():
+    config = tiny_config(scan_layers=True)
+    check_layers_and_gather(audited(config, 0.5, "v5e:2x4"), config, 0.5, forward_bytes=4)
+
+
+@models.needs_libtpu
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("p", [1.0, 0.5])
+def test_130m_on_a_tpu_pod(p, remat):
+    config = paper_130m("bfloat16", layers=3, remat=remat)
+    found = audited(config, p, "v5e:2x4")
+    check_layers_and_gather(found, config, p, forward_bytes=2)
+    sent_types = {
+        (c.place, dtype)
+        for c in found.collectives
+        if c.place.startswith("layer")
+        for dtype, _ in c.arrays
+    }
+    assert sent_types == {("layer forward", "bfloat16"), ("layer backward", "float32")}
+
+
+@models.needs_libtpu
+def test_reductions_over_model_overlap_only_where_p_is_below_1():
+    """At p < 1 the product of the private channels can run beside the forward reduction."""
+    waiting = {
+        p: audited(paper_130m("bfloat16", layers=3, remat=True), p, "v5e:2x4").wire_bytes(
+            "model", ("layer forward",), waiting_only=True
+        )
+        for p in (1.0, 0.5)
+    }
+    assert waiting[0.5] == 0 < waiting[1.0]
+
+
+@models.needs_libtpu
+def test_data_spans_tpu_slices():
+    devices = topology.tpu_devices("v5e:2x2", slices=2)
+    mesh = sharding.create_mesh(MeshConfig(2, 1, 4, 0), devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices == np.arange(2)[:, None, None]).all()
+    with pytest.raises(InputError, match=r"mesh.data=1 does not span the 2 TPU slices"):
+        sharding.create_mesh(MeshConfig(1, 2, 4, 0), devices)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_trace_and_compiled_program_agree(remat, accumulation_steps):
+    """All that is written down, on a mesh of three axes; the compiler adds sums of scalars."""
+    config = models.small_config(
+        model=dict(layers=3, tp_shards=8, sync_factor=0.5),
+        compute=dict(remat=remat),
+        mesh=dict(data=2, fsdp=2, model=2),
+        global_batch=8,
+        accumulation_steps=accumulation_steps,
+    )
+    programs = models.programs(config)
+    compiled = audit(programs).collectives
+    traced = traced_programs.count(programs.trace_train_step().jaxpr).collectives
+
+    def by_place(found):
+        totals = {}
+        for c in found:
+            # XLA for CPUs gathers embedding and head before the accumulation loop, once.
+            hoisted = c.place == "parameter gather" and accumulation_steps > 1
+            if c.place != "optimizer and metrics" and not hoisted:
+                key = (c.axes, c.place, c.kind)
+                totals[key] = totals.get(key, 0) + c.times * c.wire_bytes
+        return totals
+
+    assert by_place(compiled) == by_place(traced)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_fsdp_gathers_one_layer_at_a_time(remat):
+    config = models.small_config(
+        model=dict(layers=3, tp_shards=8, sync_factor=0.5),
+        compute=dict(remat=remat),
+        mesh=dict(data=2, fsdp=2, model=2),
+    )
+    found = audit(models.programs(config))
+    gathers = [c for c in found.collectives if c.place == "parameter gather"]
+    in_loop = sum(c.times for c in gathers) - 2  # the embedding and the head are outside
+    assert in_loop == (2 if remat else 1) * 3 * MATRICES
+    largest = 48 * 32 // 2 * 4  # bytes of an MLP matrix on one shard of two
+    head = 64 * 32 // 2 * 4
+    assert max(c.payload_bytes for c in gathers) == max(largest, head)
+    scattered = [c for c in found.collectives if c.kind == "reduce-scatter" and c.axes == ("fsdp",)]
+    assert sum(c.times for c in scattered) == 3 * MATRICES + 2
+
+
+def test_nothing_is_sent_on_one_device():
+    found = audit(models.programs(models.small_config(model=dict(sync_factor=0.5))))
+    assert found.collectives == () and found.not_understood == ()
+
+
+def test_factors_per_sublayer():
+    config = models.small_config(
+        model=dict(layers=3, tp_shards=8, sync_factor_per_layer=((0.25, 0.75),) * 3),
+        mesh=dict(model=8),
+    )
+    found = audit(models.programs(config)).collectives
+    for place in ("layer forward", "layer backward"):
+        widths = sorted((c.arrays[0][1][-1], c.times) for c in found if c.place == place)
+        assert widths == [(8, 3), (24, 3)]
+
+
+@pytest.mark.parametrize(
+    "groups, axes",
+    [
+        (((0, 1), (2, 3), (4, 5), (6, 7)), ("model",)),
+        (((0, 2), (1, 3), (4, 6), (5, 7)), ("fsdp",)),
+        (((0, 4), (1, 5), (2, 6), (3, 7)), ("data",)),
+        (((0, 2, 4, 6), (1, 3, 5, 7)), ("data", "fsdp")),
+        (((7, 6, 5, 4, 3, 2, 1, 0),), ("data", "fsdp", "model")),
+        (((0, 3), (1, 2), (4, 7), (5, 6)), ("fsdp", "model")),
+        (((0, 1), (2, 3)), ("model",)),  # of one slice of two
+    ],
+)
+def test_mesh_axes_of_groups(groups, axes):
+    mesh = sharding.create_mesh(MeshConfig(2, 2, 2, 0))
+    operation = CompiledCollective("all-reduce", groups, (("float32", ()),), 1, "")
+    assert communication_audit.mesh_axes(operation, mesh) == axes
+
+
+def test_report_says_what_was_not_understood_and_json_has_everything():
+    config = tiny_config()
+    mesh = sharding.create_mesh(resolve_mesh(config, 8))
+    found = dataclasses.replace(audited(config, 0.5), not_understood=("operation teleport",))
+    audits = {"p = 0.5": found, "p = 1.0": audited(config, 1.0)}
+    workload = report.training(config)
+    text = report.tables(config, mesh, audits, workload)
+    assert "NOT UNDERSTOOD in the program at p = 0.5:\n  operation teleport" in text
+    assert max(map(len, text.splitlines())) <= 100
+    (forward,) = [line.split() for line in text.splitlines() if line.startswith("model  layer f")][
+        1:
+    ]
+    assert forward[-1] == "0.5"
+    written = json.loads(json.dumps(report.to_json(mesh, audits, workload)))
+    assert len(written["programs"]["p = 0.5"]["collectives"]) == len(found.collectives)
+
+
+def test_libtpu_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-tpu.txt"):
+        topology.tpu_devices("v5e:2x4")
+
+
+@models.needs_libtpu
+@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9z:2x2", "8", "v5e:2x4x4x4", "v5e:0x4"])
+def test_unknown_topology_is_refused(name):
+    with pytest.raises(InputError, match=rf"--topology={name}.*v5p:4x4x4") as error:
+        topology.tpu_devices(name)
+    assert "\n" not in str(error.value)

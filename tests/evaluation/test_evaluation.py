@@ -1,0 +1,163 @@
+"""The whole validation split, and the report in the workdir."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+
+from caat_jax.checkpoints import checkpoints as checkpoint
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.sections import Config
+from caat_jax.data import corpora, token_cache
+from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.errors import InputError
+from caat_jax.evaluation import report as evaluation
+from caat_jax.evaluation.report import Report, Validation
+from tests import models, reference
+from tests.command_line import REPOSITORY
+
+TEXTS = [f"příliš žluťoučký kůň číslo {n}, and {'a shard ' * (n % 5)}" for n in range(24)]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a run whose own validation read two sequences only."""
+    fields = {"train.eval_sequences": 2, "train.steps": 3}
+    return models.small_run(tmp_path_factory.mktemp("run"), TEXTS, fields)
+
+
+def configured(workdir, **mesh):
+    step, config = checkpoint.newest_config(workdir)
+    return step, dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
+
+
+def documents(config: Config) -> list[str]:
+    return list(corpora.open_corpus(config.data).documents("validation"))
+
+
+@pytest.mark.parametrize("mesh", [dict(model=8), dict(data=4, model=2)], ids=str)
+def test_all_of_the_split_is_read(workdir, mesh):
+    step, config = configured(workdir, **mesh)
+    evaluated = evaluation.evaluate_checkpoint(workdir, step, config)
+
+    rows = token_cache.open_cache(config.data, load_tokenizer("bytes")).validation
+    assert len(rows) > 8 and len(rows) % 8  # several batches, the last one filled up
+    rows = np.stack([rows[n] for n in range(len(rows))])
+    sizes = dict(data=1, fsdp=1, model=8)
+    programs = models.programs(configured(workdir, **sizes)[1])
+    with Checkpoints(workdir) as checkpoints:
+        parameters = checkpoints.restore_parameters(step, programs)
+    expected = reference.loss(
+        jax.device_get(parameters),
+        np.maximum(rows[:, :-1], 0),
+        rows[:, 1:],
+        **models.method(config),
+    )
+    text = "".join(documents(config))
+    # Each document has a token for each byte, one before and one after; the first is no target.
+    assert evaluated.text_bytes == len(text.encode()) > len(text)
+    assert evaluated.tokens == len(text.encode()) + 2 * len(documents(config)) - 1
+    assert evaluated.loss == pytest.approx(expected, abs=2e-6)
+    assert evaluated.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    bits = expected * evaluated.tokens / math.log(2)
+    assert evaluated.bits_per_byte == pytest.approx(bits / len(text.encode()), abs=1e-5)
+
+
+def test_bytes_do_not_depend_on_the_tokenizer(tmp_path):
+    (tmp_path / "words.txt").write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=64,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    fields = {"data.tokenizer": f"{tmp_path}/words.model", "train.steps": 3}
+    workdir = models.small_run(tmp_path, TEXTS, fields)
+    step, config = configured(workdir)
+    evaluated = evaluation.evaluate_checkpoint(workdir, step, config)
+    assert evaluated.text_bytes == sum(len(text.encode()) for text in documents(config))
+    assert evaluated.tokens < evaluated.text_bytes
+
+
+def test_eval_py_writes_what_it_prints(workdir):
+    step, config = configured(workdir)
+    expected = evaluation.evaluate_checkpoint(workdir, step, config)
+    command = [sys.executable, "eval.py", f"--workdir={workdir}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    report = json.loads((workdir / "evaluation.json").read_text())
+    figures = report.pop("validation")
+    assert report == {"step": 3, "S": 8, "p": "0.5"}
+    assert figures["tokens"] == expected.tokens and figures["text_bytes"] == expected.text_bytes
+    for name, value in (
+        ("loss", expected.loss),
+        ("perplexity", expected.perplexity),
+        ("bits_per_byte", expected.bits_per_byte),
+    ):
+        assert figures[name] == pytest.approx(value, rel=1e-5)  # one device there, eight here
+    printed = [float(number) for number in re.findall(r" (\d+\.\d+)", done.stdout)]
+    assert printed == pytest.approx(
+        [figures["loss"], figures["perplexity"], figures["bits_per_byte"]], abs=1e-4
+    )
+    assert not (workdir / "evaluation.new").exists()
+
+
+# ---- The report -------------------------------------------------------------------------------
+
+VALIDATION = Validation(loss_sum=2.0, tokens=4, text_bytes=2)
+
+
+@pytest.fixture
+def report_of(tmp_path):
+    """A function: step, p -> the report in tmp_path."""
+
+    def make(step=5, p=0.5):
+        return Report(tmp_path, step, models.small_config(model=dict(sync_factor=p)))
+
+    return make
+
+
+def test_report_grows_for_one_checkpoint(report_of):
+    report_of().add_tasks({"one": 1, "two": 2})
+    report_of().add_validation(VALIDATION)
+    report_of().add_tasks({"two": 3})
+    assert json.loads(report_of().path.read_text()) == {
+        "step": 5,
+        "S": 8,
+        "p": "0.5",
+        "tasks": {"one": 1, "two": 3},
+        "validation": VALIDATION.figures(),
+    }
+
+
+@pytest.mark.parametrize("other", [dict(step=6), dict(p=1.0)], ids=str)
+def test_report_begins_anew_for_another(report_of, other):
+    report_of().add_tasks({"one": 1})
+    before = report_of().path.read_text()
+    report = report_of(**other)
+    assert report.path.read_text() == before  # until there is something new
+    report.add_validation(VALIDATION)
+    content = json.loads(report.path.read_text())
+    assert "tasks" not in content and content["validation"] == VALIDATION.figures()
+
+
+@pytest.mark.parametrize("content", ["", "3", "[1]", "{"])
+def test_file_that_is_no_report_is_kept(report_of, tmp_path, content):
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(InputError, match=r"evaluation\.json is no report"):
+        report_of()
+    assert (tmp_path / "evaluation.json").read_text() == content
+
+
+def test_loss_that_is_no_number(report_of):
+    report_of().add_validation(Validation(math.nan, 4, 2))
+    report_of().add_validation(Validation(1e6, 4, 2))
+    content = json.loads(report_of().path.read_text())["validation"]
+    assert content["perplexity"] == "inf" and content["loss"] == 250_000

@@ -1,0 +1,192 @@
+"""What `transformers` computes, and what an import of it or an export to it computes."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.data.loader import NOTHING_READ
+from caat_jax.huggingface import __main__ as command
+from tests import models, reference
+from tests.huggingface.folders_by_hand import ROWS, SIZES, assert_close, do, our_logits, read_file
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=100.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+LLAMAS = {
+    "plain": {},
+    "tied": dict(tie_word_embeddings=True, rms_norm_eps=0.01),
+    "grouped queries, wide heads": dict(num_attention_heads=16, head_dim=6),
+    "llama3": dict(rope_parameters=LLAMA3, head_dim=8),
+    "another base": dict(rope_parameters=dict(rope_type="default", rope_theta=50.0), head_dim=8),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code_of_exports(tmp_path_factory):
+    """`transformers` copies the code of each model it loads; not to the home folder here."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", list(sys.path))
+        yield
+
+
+@pytest.fixture(scope="module", params=LLAMAS)
+def llama(request, tmp_path_factory):
+    """A folder that `transformers` wrote, and the logits that it computes."""
+    folder = tmp_path_factory.mktemp("llama") / "source"
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**SIZES | LLAMAS[request.param])
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder, logits_of(model)
+
+
+def logits_of(model, rows=ROWS):
+    with torch.no_grad():
+        return model(torch.tensor(rows, dtype=torch.long)).logits.float().numpy()
+
+
+def load(folder):
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def test_llama_there_and_back(llama, tmp_path, capsys):
+    source, expected = llama
+    do(capsys, "import", source, tmp_path / "run")
+    for M in (1, 2, 8):
+        assert_close(our_logits(tmp_path / "run", M)[0], expected)
+    do(capsys, "export", tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", source)
+    back = load(tmp_path / "back")
+    assert isinstance(back, transformers.LlamaForCausalLM)
+    np.testing.assert_array_equal(logits_of(back), expected)
+
+
+def assert_same_tensors(folder, source):
+    assert read_file(folder / "model.safetensors") == read_file(source / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shorter_types_and_several_files(tmp_path, capsys, dtype):
+    torch.manual_seed(2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model = model.to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "whole")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
+    do(capsys, "import", tmp_path / "source", tmp_path / "run")
+    do(capsys, "export", tmp_path / "run", tmp_path / "back", f"--dtype={dtype}")
+    assert_same_tensors(tmp_path / "back", tmp_path / "whole")
+    assert_close(our_logits(tmp_path / "run")[0], logits_of(model.float()))
+
+
+# ---- CAAT-Nets --------------------------------------------------------------------------------
+
+CAAT_NETS = {
+    "half": dict(sync_factor=0.5),
+    "nothing shared": dict(sync_factor=0.0, tp_shards=4, head_dim=6),
+    "tied": dict(sync_factor=0.3, tied_head=True, norm_epsilon=0.01),
+    "per sublayer": dict(sync_factor_per_layer=((0.25, 0.75), 0.5), rope_base=50.0),
+    "llama3": dict(
+        sync_factor=0.5,
+        head_dim=8,
+        rope_base=100.0,
+        rope_scaling_factor=8.0,
+        rope_scaling_original_length=64,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CAAT_NETS)
+def caat_net(request, tmp_path_factory):
+    """A run's folder with random weights."""
+    config = models.small_config(model=CAAT_NETS[request.param])
+    programs = models.programs(config)
+    names = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
+    sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
+    parameters = models.on_mesh(programs, reference.random_parameters(7, **sizes))
+    workdir = tmp_path_factory.mktemp("caat_net") / "run"
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(programs.fresh_state(parameters), 3, config, NOTHING_READ)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def exported(caat_net, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    assert command.main(["export", str(caat_net), str(folder)]) == 0
+    return load(folder)
+
+
+def test_caat_net_has_our_logits_and_loss(caat_net, exported):
+    expected, expected_loss = our_logits(caat_net)
+    assert_close(logits_of(exported), expected)
+    labels = torch.tensor(ROWS, dtype=torch.long)
+    with torch.no_grad():
+        loss = exported(labels, labels=labels).loss
+    assert loss.item() == pytest.approx(expected_loss, abs=1e-5)
+
+
+def test_caat_net_generates(exported):
+    """With a cache or without; and prompts that are filled up on the left."""
+    prompt = torch.tensor(ROWS[:, :5], dtype=torch.long)
+    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens = prompt
+    for _ in range(8):  # no generate, no cache
+        following = logits_of(exported, tokens.numpy())[:, -1].argmax(axis=-1)
+        tokens = torch.cat([tokens, torch.tensor(following)[:, None]], dim=1)
+    mask = torch.ones_like(prompt)
+    for use_cache in (True, False):
+        found = exported.generate(prompt, attention_mask=mask, use_cache=use_cache, **settings)
+        assert found.tolist() == tokens.tolist()
+    padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (prompt, mask))
+    found = exported.generate(padded, attention_mask=mask, **settings)
+    assert found[:, 3:].tolist() == tokens.tolist()
+
+
+def test_caat_net_keeps_only_the_logits_asked_for(exported):
+    ids = torch.tensor(ROWS, dtype=torch.long)
+    with torch.no_grad():
+        whole = exported(ids).logits
+        torch.testing.assert_close(exported(ids, logits_to_keep=2).logits, whole[:, -2:])
+        some = torch.tensor([1, 4])
+        torch.testing.assert_close(exported(ids, logits_to_keep=some).logits, whole[:, some])
+
+
+def test_caat_net_saved_by_transformers_is_the_same(exported, tmp_path):
+    exported.save_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(logits_of(load(tmp_path / "again")), logits_of(exported))
+
+
+def test_import_below_one_is_a_caat_net(tmp_path, capsys):
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "source")
+    said = do(capsys, "import", tmp_path / "source", tmp_path / "run", "--sync_factor=0.5")
+    assert "not the function" in said
+    do(capsys, "export", tmp_path / "run", tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", tmp_path / "source")
+    ours = our_logits(tmp_path / "run", M=2)[0]
+    assert_close(logits_of(load(tmp_path / "back")), ours)
+    assert np.abs(ours - logits_of(model)).max() > 0.1
