@@ -67,7 +67,9 @@ def main(config: Config) -> None:
             size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
             verify = _seconds(lambda: digests.problem(newest))
             restore = _seconds(
-                lambda: jax.block_until_ready(checkpoints.restore(_SAVES.value - 1, programs))
+                lambda: jax.block_until_ready(
+                    checkpoints.restore(_SAVES.value - 1, programs.state_shapes)
+                )
             )
     median = statistics.median(quiet)
     print(f"{programs.blueprint.size / 1e6:.1f} M parameters, {size / 1e6:.0f} MB a checkpoint")

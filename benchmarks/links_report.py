@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from caat_jax.plot import COLOURS, MARKERS
+from caat_jax.figures import COLOURS, MARKERS
 
 WORKLOADS = ("train", "prefill", "decode")
 NO_LIMIT = "none"

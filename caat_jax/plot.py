@@ -17,20 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from caat_jax.errors import InputError
+from caat_jax.figures import COLOURS, MARKERS
 from caat_jax.training.metrics import METRICS_FILE, read_metrics
-
-# Of about equal darkness, and told apart by colour-blind readers (after Okabe and Ito).
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#b2559b",
-    "#e0a100",
-    "#56b4e9",
-    "#555555",
-    "#8c510a",
-)
-MARKERS = "osD^vPXh"  # in case the plot is printed in grey
 
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0))
 

@@ -26,7 +26,6 @@ from caat_jax.config.sections import Config
 from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
-from caat_jax.training.step import Programs, TrainState
 
 FOLDER = "checkpoints"
 SET_ASIDE_FOLDER = "checkpoints_set_aside"
@@ -158,7 +157,7 @@ class Checkpoints:
                 f"{hint * (same_but_for_p == config.model)}"
             )
 
-    def save(self, state: TrainState, step: int, config: Config, data_state: dict) -> None:
+    def save(self, state: Any, step: int, config: Config, data_state: dict) -> None:
         """Starts saving; the next save, or leaving the context, waits for it.
 
         Raises:
@@ -215,19 +214,15 @@ class Checkpoints:
                 " checkpoints before it are whole"
             ) from error
 
-    def restore_parameters(self, step: int, programs: Programs) -> Any:
-        """The parameters alone, laid out for these programs' mesh."""
-        return self.restore_some_parameters(step, programs.state_shapes.parameters)
-
-    def restore_some_parameters(self, step: int, shapes: Any) -> Any:
-        """The parameters in `shapes`, a part of the nested dictionary of all, laid out as there."""
+    def restore_parameters(self, step: int, shapes: Any) -> Any:
+        """The parameters in `shapes`, all of their dictionary or a part, laid out as there."""
         args = _restore_state({"parameters": shapes}, partial_restore=True)
         restored = self._manager().restore(step, args=ocp.args.Composite(state=args))
         return restored["state"]["parameters"]
 
-    def restore(self, step: int, programs: Programs) -> tuple[TrainState, dict[str, Any]]:
-        """The state, laid out for these programs' mesh, and the state of the batches."""
-        state = _restore_state(programs.state_shapes)
+    def restore(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
+        """The training state, laid out as in `shapes`, and the state of the batches."""
+        state = _restore_state(shapes)
         args = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
         restored = self._manager().restore(step, args=args)
         return restored["state"], restored["data"]

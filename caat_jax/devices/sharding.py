@@ -121,6 +121,13 @@ def named_shardings(mesh: Mesh | AbstractMesh, specs: Any) -> Any:
     )
 
 
+def shapes_on_mesh(shapes: Any, shardings: Any) -> Any:
+    """A tree of `ShapeDtypeStruct`s with layouts, from shapes and types without."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
+    )
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts the mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"])

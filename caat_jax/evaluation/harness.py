@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -21,11 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_table
 
-from caat_jax.checkpoints.checkpoints import Checkpoints
-from caat_jax.config.resolve import resolve_mesh
+from caat_jax.checkpoints.trained import restore_model
 from caat_jax.config.sections import Config
-from caat_jax.data.tokenizers import Tokenizer, load_tokenizer
-from caat_jax.devices import sharding
+from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.evaluation.scoring import Score, Scored, Scorer
 from caat_jax.training.metrics import json_number
@@ -167,21 +164,17 @@ def evaluate_tasks(
     """
     manager = _task_manager(options)
     tasks = _load_tasks(manager, options.names)
-    mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
-    programs = Programs(config, mesh)
-    with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, programs)
+    model = restore_model(workdir, step, config)
     rows = options.batch_size or config.train.global_batch // config.train.accumulation_steps
 
     def generator() -> Generates:
         from caat_jax.inference import generator as decoding
 
-        return decoding.Generator(config, mesh, parameters)
+        return decoding.Generator(model.config, model.mesh, model.parameters)
 
-    model = HarnessModel(
-        Scorer(programs, parameters, rows), load_tokenizer(config.data.tokenizer), generator
-    )
-    results = _run(model, manager, tasks, options)
+    scorer = Scorer(Programs(model.config, model.mesh), model.parameters, rows)
+    harness_model = HarnessModel(scorer, model.tokenizer, generator)
+    results = _run(harness_model, manager, tasks, options)
     columns = ["results"] + ["groups"] * ("groups" in results)
     return _figures(results), "\n".join(make_table(results, c) for c in columns)
 

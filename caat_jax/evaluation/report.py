@@ -5,16 +5,12 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from caat_jax.checkpoints.checkpoints import Checkpoints
-from caat_jax.config.resolve import resolve_mesh
+from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.sections import Config
 from caat_jax.data import corpora
 from caat_jax.data.token_cache import open_cache
-from caat_jax.data.tokenizers import load_tokenizer
-from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
@@ -71,14 +67,10 @@ class Validation(NamedTuple):
 def evaluate_checkpoint(workdir: Path, step: int, config: Config) -> Validation:
     """One checkpoint on all validation sequences, on this machine's devices, whatever it was
     trained on; `train.eval_sequences` plays no part."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config = config.with_vocabulary(tokenizer.size)
-    mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
-    cache = open_cache(config.data, tokenizer)
-    programs = Programs(config, mesh)
-    with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, programs)
-    loss_sum, count = summed_loss(programs, parameters, cache.validation, limit=-1)
+    cache = open_cache(config.data, tokenizer_of(config))
+    model = restore_model(workdir, step, config)
+    programs = Programs(model.config, model.mesh)
+    loss_sum, count = summed_loss(programs, model.parameters, cache.validation, limit=-1)
     # Reading the documents again takes little time next to the model's passes over them.
     documents = corpora.open_corpus(config.data).documents("validation")
     return Validation(loss_sum, count, sum(len(text.encode()) for text in documents))

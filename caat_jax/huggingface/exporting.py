@@ -79,7 +79,7 @@ def _tensors(
     shapes = programs.state_shapes.parameters
     for row in mapping.rows(programs.config.model):
         wanted = mapping.nested(row, mapping.at(shapes, row))
-        restored = checkpoints.restore_some_parameters(step, wanted)
+        restored = checkpoints.restore_parameters(step, wanted)
         parameter = np.asarray(mapping.at(restored, row))
         if dtype == "float16" and np.abs(parameter).max() > np.finfo(np.float16).max:
             raise InputError(

@@ -97,8 +97,7 @@ class InferencePrograms:
         self.config = config
         self.mesh = mesh
         arch, platform = config.model, sharding.platform(mesh)
-        self._attend = attention.kernel(attention.choose(arch, config.compute, platform), platform)
-        self._blueprint = Blueprint(arch, config.compute, self._attend)
+        self._blueprint = Blueprint(arch, config.compute, platform)
         self._dtype = jnp.dtype(config.compute.dtype)
         self._wire = Wire(*[jnp.dtype(config.compute.forward_wire_dtype)] * 2)
         self._grouping = partial_sync.grouping(
@@ -316,7 +315,7 @@ class InferencePrograms:
         def apply(stream: Stream, factors: LayerFactors) -> tuple[Stream, LayerCache]:
             query, key, value = layers.query_key_value(stream, factors.attention, rotation, arch)
             with jax.named_scope(ATTENTION_SCOPE):
-                attended = self._attend(query, key, value)
+                attended = self._blueprint.attend(query, key, value)
             stream = layers.add_attended(stream, attended, factors.attention, wire)
             stream = layers.mlp(stream, factors.mlp, arch, wire)
             unused = (0, 0), (0, cache_length - slots), (0, 0)

@@ -3,16 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
-from caat_jax.checkpoints.checkpoints import Checkpoints
-from caat_jax.config.resolve import resolve_mesh
+from caat_jax.checkpoints.trained import restore_model
 from caat_jax.config.sections import Config
-from caat_jax.data.tokenizers import Tokenizer, load_tokenizer
-from caat_jax.devices import sharding
+from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.inference.generator import Generator
-from caat_jax.training.step import Programs
 
 # What tokenisers decode bytes to that are no UTF-8, perhaps for lack of those that follow.
 _NOT_UTF8 = "\N{REPLACEMENT CHARACTER}"
@@ -34,11 +29,9 @@ class TextGenerator:
         Raises:
           InputError: the devices or the tokeniser do not fit the configuration.
         """
-        mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
-        self._tokenizer = load_tokenizer(config.data.tokenizer)
-        with Checkpoints(workdir) as checkpoints:
-            parameters = checkpoints.restore_parameters(step, Programs(config, mesh))
-        self._generator = Generator(config, mesh, parameters)
+        model = restore_model(workdir, step, config)
+        self._tokenizer = model.tokenizer
+        self._generator = Generator(model.config, model.mesh, model.parameters)
 
     def stream(
         self,

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh
 
 from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Compute
 from caat_jax.devices import sharding
-from caat_jax.model import partial_sync
+from caat_jax.model import attention, partial_sync
 from caat_jax.model.attention import Attend
 from caat_jax.model.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
 from caat_jax.model.partial_sync import Stream, Wire
@@ -163,9 +164,13 @@ class Blueprint:
     of them again.
     """
 
-    def __init__(self, arch: Architecture, compute: Compute, attend: Attend):
+    def __init__(self, arch: Architecture, compute: Compute, platform: str):
+        """Takes the attention kernel that `compute.attention` gives on devices of this platform."""
+        self.attention = attention.choose(arch, compute, platform)
+        self.attend = attention.kernel(self.attention, platform)
+
         def build(rngs: nnx.Rngs) -> Transformer:
-            return Transformer(arch, compute, attend, rngs)
+            return Transformer(arch, compute, self.attend, rngs)
 
         self._build = build
         self._graph, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
@@ -177,6 +182,10 @@ class Blueprint:
     def size(self) -> int:
         """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+
+    def on_mesh(self, mesh: Mesh | AbstractMesh) -> Any:
+        """Shapes and types of the parameters, laid out on a mesh: for compiling and restoring."""
+        return sharding.shapes_on_mesh(self.shapes, sharding.named_shardings(mesh, self.specs))
 
     def initialise(self, seed: int) -> Any:
         """Fresh parameters, float32; to be called under `jax.jit` with sharded outputs."""

@@ -20,7 +20,7 @@ from caat_jax.checkpoints import checkpoints
 from caat_jax.config import user_paths
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
-from caat_jax.plot import COLOURS
+from caat_jax.figures import COLOURS
 from caat_jax.sensitivity import budget_config, report
 from caat_jax.sensitivity import cuts as sublayer_cuts
 from caat_jax.sensitivity.budget_config import Plan

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import tqdm
 
-from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.architecture import Architecture
-from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.data.token_cache import open_cache
-from caat_jax.data.tokenizers import load_tokenizer
-from caat_jax.devices import processes, sharding
+from caat_jax.devices import processes
 from caat_jax.training.step import Programs
 from caat_jax.training.validation import validation_loss
 
@@ -75,15 +72,11 @@ def measure(
       cuts: what to measure; each is compiled on its own.
       sequences: how many of the validation split's, from its beginning; -1: all.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
     train = dataclasses.replace(config.train, eval_sequences=sequences)
-    uncut = dataclasses.replace(config.with_vocabulary(tokenizer.size), train=train)
-    mesh = sharding.create_mesh(resolve_mesh(uncut, len(jax.devices())))
-    validation = open_cache(uncut.data, tokenizer).validation
-    programs = Programs(uncut, mesh)
-    with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, programs)
-    uncut_loss = validation_loss(programs, parameters, validation)
+    validation = open_cache(config.data, tokenizer_of(config)).validation
+    model = restore_model(workdir, step, dataclasses.replace(config, train=train))
+    uncut, mesh, parameters = model.config, model.mesh, model.parameters
+    uncut_loss = validation_loss(Programs(uncut, mesh), parameters, validation)
     losses = {}
     # No bar where the output is no terminal, nor on other processes than the first.
     disable = None if processes.is_first() else True

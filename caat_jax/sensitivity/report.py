@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
 
-from caat_jax.plot import COLOURS, MARKERS
+from caat_jax.figures import COLOURS, MARKERS
 from caat_jax.sensitivity.cuts import SUBLAYERS, Cut, Sensitivity
 
 COLUMNS = ("layer", "sublayer", "sync_factor", "loss", "rise")

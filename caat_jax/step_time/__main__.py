@@ -22,7 +22,7 @@ from caat_jax.config.sections import Config
 from caat_jax.devices import chips
 from caat_jax.devices.chips import Chip, Link
 from caat_jax.errors import InputError
-from caat_jax.plot import COLOURS
+from caat_jax.figures import COLOURS
 from caat_jax.step_time import model, report
 
 _CONFIG = command_line.config_flag()

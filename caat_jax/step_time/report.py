@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from caat_jax.errors import InputError
-from caat_jax.plot import COLOURS, MARKERS
+from caat_jax.figures import COLOURS, MARKERS
 from caat_jax.step_time.model import Prediction, span
 
 LEFT_OUT = (

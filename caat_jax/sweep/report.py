@@ -24,7 +24,7 @@ from scipy import stats
 
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
-from caat_jax.plot import COLOURS, MARKERS
+from caat_jax.figures import COLOURS, MARKERS
 from caat_jax.step_time import model
 from caat_jax.sweep.plan import Plan, Run
 from caat_jax.training.metrics import METRICS_FILE, json_number, read_metrics

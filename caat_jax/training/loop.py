@@ -62,7 +62,7 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         if newest is None:
             state = programs.initial_state()
         else:
-            state, data_state = checkpoints.restore(newest, programs)
+            state, data_state = checkpoints.restore(newest, programs.state_shapes)
             batches.set_state(data_state)
         done = newest or 0
         with _metrics_writer(workdir, newest) as writer:
@@ -147,7 +147,7 @@ def _description(programs: Programs, done: int) -> str:
         f" p={''.join(stages)}{config.model.describe_sync_factors()};"
         f" {len(devices)} {devices[0].device_kind} devices of {jax.process_count()} processes,"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
-        f" {programs.attention} attention;"
+        f" {programs.blueprint.attention} attention;"
         f" {f'going on after step {done}; ' if done else ''}compiling the training step"
     )
 

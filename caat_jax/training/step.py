@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding, xla_options
-from caat_jax.model import attention, loss
+from caat_jax.model import loss
 from caat_jax.model.scopes import HEAD_AND_LOSS
 from caat_jax.model.transformer import Blueprint
 from caat_jax.training import optimizer
@@ -43,20 +43,13 @@ class Programs:
         self.config = config
         self.mesh = mesh
         platform = sharding.platform(mesh)
-        self.attention = attention.choose(config.model, config.compute, platform)
-        self.blueprint = Blueprint(
-            config.model, config.compute, attention.kernel(self.attention, platform)
-        )
+        self.blueprint = Blueprint(config.model, config.compute, platform)
         self.optimizer = optimizer.create(config.optimizer, self.blueprint.logical_axes)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self._shapes = jax.eval_shape(self._initial_state)
         self.state_shardings = sharding.named_shardings(mesh, self._state_specs())
         # Shapes, types and layout of a state: for compiling and restoring.
-        self.state_shapes = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            self._shapes,
-            self.state_shardings,
-        )
+        self.state_shapes = sharding.shapes_on_mesh(self._shapes, self.state_shardings)
         options = xla_options.options(platform)
         # One state in, one out, in the same memory.
         self.train_step = jax.jit(

@@ -67,7 +67,7 @@ def test_next_step_on_another_mesh(saved, mesh):
     programs = programs_on(mesh)
     with Checkpoints(workdir) as checkpoints:
         assert checkpoints.resume_step() == STEPS[-1]
-        state, _ = checkpoints.restore(STEPS[-1], programs)
+        state, _ = checkpoints.restore(STEPS[-1], programs.state_shapes)
     assert step_on_batch(programs, state)[1] == pytest.approx(expected, rel=1e-6)
 
 

@@ -126,7 +126,7 @@ def loaded(workdir, mesh):
     sizes = dataclasses.replace(config.mesh, **MESHES[mesh])
     programs = models.programs(dataclasses.replace(config, mesh=sizes))
     with Checkpoints(workdir) as checkpoints:
-        return programs, checkpoints.restore_parameters(step, programs)
+        return programs, checkpoints.restore_parameters(step, programs.state_shapes.parameters)
 
 
 def model(workdir, mesh="M=8", rows=4, generator=None):

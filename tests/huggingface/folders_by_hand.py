@@ -45,7 +45,7 @@ def our_logits(workdir, M=1, rows=ROWS):
     config = dataclasses.replace(config, mesh=MeshConfig(1, 1, M, 0))
     programs = models.programs(config)
     with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, programs)
+        parameters = checkpoints.restore_parameters(step, programs.state_shapes.parameters)
     # A target is the next token; the last has none.
     padded = np.concatenate([rows, np.full_like(rows[:, :1], -1)], axis=1)
     loss, logits = models.loss_and_logits(programs, parameters, padded)

@@ -85,7 +85,9 @@ def test_losses_are_those_of_the_emulation(workdir, measured):
     one_device = dataclasses.replace(config.mesh, data=1, fsdp=1, model=1)
     programs = models.programs(dataclasses.replace(config, mesh=one_device))
     with Checkpoints(workdir) as checkpoints:
-        parameters = jax.device_get(checkpoints.restore_parameters(step, programs))
+        parameters = jax.device_get(
+            checkpoints.restore_parameters(step, programs.state_shapes.parameters)
+        )
 
     def expected(sync_widths):
         method = models.method(config) | dict(sync_widths=sync_widths)

@@ -100,7 +100,7 @@ def programs_of(config):
 
 def state_after(step, workdir, programs):
     with Checkpoints(workdir) as checkpoints:
-        return jax.device_get(checkpoints.restore(step, programs))
+        return jax.device_get(checkpoints.restore(step, programs.state_shapes))
 
 
 def assert_same_run(workdir, expected, programs):

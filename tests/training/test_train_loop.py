@@ -133,7 +133,7 @@ def test_killed_run_goes_on_bit_for_bit(make_config, finished, resumed):
     states = []
     for workdir in (finished[0], resumed):
         with Checkpoints(workdir) as checkpoints:
-            states.append(checkpoints.restore(STEPS, programs))
+            states.append(checkpoints.restore(STEPS, programs.state_shapes))
     (expected, expected_data), (state, data) = states
     assert data == expected_data
     for leaf, expected_leaf in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
@@ -314,7 +314,9 @@ def test_validation_loss_is_the_mean_over_all_tokens(make_config, finished):
     assert rows[-1, -1] == PADDING and len(rows) % BATCH  # both kinds of padding are in play
     programs = programs_of(config)
     with Checkpoints(finished[0]) as checkpoints:
-        parameters = jax.device_get(checkpoints.restore_parameters(STEPS, programs))
+        parameters = jax.device_get(
+            checkpoints.restore_parameters(STEPS, programs.state_shapes.parameters)
+        )
     expected = reference.loss(
         parameters, np.maximum(rows[:, :-1], 0), rows[:, 1:], **reference_settings(config)
     )
