@@ -33,7 +33,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from caat_jax import command_line, plot
+from caat_jax import command_line, files, plot
 from caat_jax.checkpoints import workdir as workdir_lib
 from caat_jax.config import field_checks, user_paths
 from caat_jax.config.resolve import resolve_mesh
@@ -140,9 +140,9 @@ def _stored_plan(path: Path, given: Config) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = files.read_json(path, dict)
         stored, steps = from_json(plan["config"]), plan["steps"]
-    except (ValueError, KeyError, TypeError):
+    except (InputError, KeyError):
         raise InputError(f"{path} is no plan of this benchmark; move it away") from None
     if _STEPS.value not in (None, steps):
         raise InputError(f"--steps={_STEPS.value} must be {steps}, as in {path}, or left out")
@@ -314,11 +314,8 @@ def _name(p: float) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(text + "\n", encoding="utf-8")
-    new.replace(path)
+    files.write(path, text + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ ones follow is ever deleted.
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from caat_jax import files
 from caat_jax.checkpoints import digests
 from caat_jax.config.sections import Config
 from caat_jax.config.stored import difference, from_json, to_json
@@ -81,7 +81,7 @@ def _warn(message: str) -> None:
 
 def stored_config(folder: Path, step: int) -> Config:
     """The configuration that a checkpoint carries."""
-    return from_json(json.loads((folder / str(step) / "config/metadata").read_text()))
+    return from_json(files.read_json(folder / str(step) / "config/metadata", dict))
 
 
 class Checkpoints:
@@ -136,7 +136,7 @@ class Checkpoints:
         for name, problem in problems.items():
             aside = _free_name(self.folder.parent / SET_ASIDE_FOLDER, name)
             aside.parent.mkdir(exist_ok=True)
-            (self.folder / name).rename(aside)
+            files.rename(self.folder / name, aside)
             _warn(f"{self.folder / name} {problem}, is now {aside}; training {goes_on}")
         return step
 

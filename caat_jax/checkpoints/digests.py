@@ -9,6 +9,9 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from caat_jax import files
+from caat_jax.errors import InputError
+
 FILE = "digests.json"
 
 _THREADS = 8  # zlib leaves the interpreter's lock; more would only fight over the disk
@@ -26,16 +29,16 @@ def write(folder: Path) -> None:
         digests = list(pool.map(lambda path: _digest(folder, path), paths))
     names = [str(path.relative_to(folder)) for path in paths]
     content = json.dumps(dict(zip(names, digests, strict=True)), indent=0)
-    (folder / FILE).write_text(content + "\n")
+    files.write(folder / FILE, content + "\n")
 
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None where its files are as written."""
     try:
-        digests = dict(json.loads((folder / FILE).read_text()))
+        digests = files.read_json(folder / FILE, dict)
     except OSError as error:
         return f"{FILE}: {error.strerror}"
-    except (ValueError, TypeError):
+    except InputError:
         return f"{FILE} is damaged"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda item: _difference(folder, *item), digests.items())
@@ -53,7 +56,7 @@ def _difference(folder: Path, name: str, digest: int) -> str | None:
 
 def _digest(folder: Path, path: Path) -> int:
     if path == folder / _METADATA_FILE:
-        content = dict(json.loads(path.read_text()))
+        content = files.read_json(path, dict)
         content.pop(_COMMIT_TIME, None)
         return zlib.crc32(json.dumps(content).encode())
     digest = 0

@@ -1,11 +1,11 @@
 """The folder of a run: it can be written, and one run at a time writes it."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from caat_jax import files
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
 
@@ -27,35 +27,27 @@ def check_writable(workdir: Path) -> None:
 def sole_run(workdir: Path) -> Iterator[None]:
     """Holds the folder, made where it is missing, for this run alone; the first process does so.
 
-    A lock of the operating system's on the folder itself: it ends with the process, however that
-    ends.  A folder that was made here and that nothing was written to is removed.
+    A folder that was made here and that nothing was written to is removed.
 
     Raises:
-      InputError: another run holds it.
+      InputError: another run holds it, or it cannot be locked.
     """
     if not processes.is_first():
         yield
         return
     is_new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        _lock(folder, workdir)
-        yield
-    finally:
-        os.close(folder)
-        if is_new:
-            with contextlib.suppress(OSError):  # there is something in it
-                workdir.rmdir()
 
-
-def _lock(folder: int, workdir: Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    def refuse() -> None:
         raise InputError(
             f"--workdir={workdir}: another run is training there; wait for its end, or give"
             " another folder"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+        )
+
+    try:
+        with files.held(workdir / "lock", refuse):
+            yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # there is something in it
+                workdir.rmdir()

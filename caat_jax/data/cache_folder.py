@@ -1,7 +1,6 @@
 """What the caches under `data.cache_dir` have in common: keys, and one builder at a time."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caat_jax import files
 from caat_jax.errors import InputError
 
 
@@ -21,22 +21,19 @@ def key_of(*parts: Any) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Makes `folder` and holds it against other processes; waits while another one holds it.
 
-    The lock ends with its process, however that ends.
-
     Raises:
-      InputError: the folder cannot be made or written.
+      InputError: the folder cannot be made, written or locked.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a")
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written ({error.strerror}); choose another data.cache_dir"
-        ) from error
-    with file:
+
+    def say() -> None:
+        print(f"waiting for the process that is preparing {folder}", file=sys.stderr)
+
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process that is preparing {folder}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.held(folder / "lock", say))
+        except OSError as error:
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}); choose another data.cache_dir"
+            ) from error
         yield

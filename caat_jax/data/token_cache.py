@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from caat_jax import files
 from caat_jax.config import user_paths
 from caat_jax.config.sections import DataConfig
 from caat_jax.data import cache_folder, corpora
@@ -181,12 +182,10 @@ def _finished(folder: Path) -> bool:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """What is done: documents and tokens of each split, and whether that is all."""
     try:
-        return json.loads((folder / "manifest.json").read_text())
+        return files.read_json(folder / "manifest.json", dict)
     except FileNotFoundError:
         return {"finished": False} | {split: {"documents": 0, "tokens": 0} for split in _SPLITS}
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    new = folder / "manifest.new"
-    new.write_text(json.dumps(manifest))
-    new.rename(folder / "manifest.json")
+    files.write(folder / "manifest.json", json.dumps(manifest))

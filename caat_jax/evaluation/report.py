@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from caat_jax import files
 from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.sections import Config
 from caat_jax.data import corpora
 from caat_jax.data.token_cache import open_cache
-from caat_jax.errors import InputError
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
 from caat_jax.training.validation import summed_loss
@@ -87,17 +87,15 @@ class Report:
         """Reads what is there about the same checkpoint, to add to; nothing is written yet.
 
         Raises:
-          InputError: there is a file that is no such report.
+          InputError: there is a file that is not such a report.
         """
         model = config.model
         about = {"step": step, "S": model.tp_shards, "p": model.describe_sync_factors()}
         self.path = workdir / REPORT_FILE
         try:
-            stored = dict(json.loads(self.path.read_text()))
+            stored = files.read_json(self.path, dict, "a report of eval.py; move it away")
         except FileNotFoundError:
             stored = {}
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{self.path} is no report of eval.py; move it away") from error
         same = {name: stored.get(name) for name in about} == about
         self._content = stored if same else about
 
@@ -112,6 +110,4 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(self._content, indent=2, allow_nan=False) + "\n")
-        new.rename(self.path)
+        files.write(self.path, json.dumps(self._content, indent=2, allow_nan=False) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from caat_jax import command_line
+from caat_jax import command_line, files
 from caat_jax.checkpoints import checkpoints
 from caat_jax.config import user_paths
 from caat_jax.devices import processes
@@ -95,9 +95,7 @@ def _report(sensitivity: Sensitivity, plan: Plan | None, workdir: Path) -> None:
         contents[name] = budget_config.source(plan, sensitivity, workdir).encode()
         print(f"\n{_plan_text(plan)}")
     for name, content in contents.items():
-        new = (workdir / name).with_suffix(".new")
-        new.write_bytes(content)
-        new.rename(workdir / name)
+        files.write(workdir / name, content)
     print(f"\nIn {workdir}: {', '.join(contents)}")
 
 

@@ -21,7 +21,7 @@ import jax
 import tqdm
 from absl import flags
 
-from caat_jax import command_line
+from caat_jax import command_line, files
 from caat_jax.config import user_paths
 from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices.processes import StopRequest
@@ -78,7 +78,7 @@ def _check_same_configuration(run: Run, workdir: Path) -> None:
     """Refuses a folder in which another configuration was trained under the same name."""
     folder = run_folder(workdir, run)
     try:
-        stored = from_json(json.loads((folder / _CONFIG_FILE).read_text()))
+        stored = from_json(files.read_json(folder / _CONFIG_FILE, dict))
     except FileNotFoundError:
         return
     differing = difference(stored, run.config)
@@ -103,9 +103,7 @@ def _train(run: Run, workdir: Path) -> None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content) + "\n")
-    new.rename(path)
+    files.write(path, json.dumps(content) + "\n")
 
 
 class _Job:

@@ -7,8 +7,8 @@ and from the runs' metrics.
 import csv
 import dataclasses
 import functools
+import io
 import itertools
-import json
 import math
 import statistics
 import textwrap
@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
+from caat_jax import files
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.figures import COLOURS, MARKERS
@@ -186,18 +187,17 @@ def _short(field: str) -> str:
 
 
 def _read(run: Run, workdir: Path) -> Result:
-    found = json.loads((run_folder(workdir, run) / RESULT_FILE).read_text())
+    found = files.read_json(run_folder(workdir, run) / RESULT_FILE, dict)
     loss = float(found["loss"])
     return Result(run.setting, run.seed, found["tokens"], found["wire_bytes"], loss)
 
 
 def _write_csv(path: Path, heads: Sequence[str], rows: Sequence[Result | Summary]) -> None:
-    new = path.with_suffix(".new")
-    with new.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(heads)
-        writer.writerows([*row.setting, *row[1:]] for row in rows)
-    new.rename(path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(heads)
+    writer.writerows([*row.setting, *row[1:]] for row in rows)
+    files.write(path, text.getvalue())
 
 
 def _plot(

@@ -22,6 +22,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from caat_jax import files
 from caat_jax.config.architecture import Architecture
 from caat_jax.devices import chips
 from caat_jax.errors import InputError
@@ -236,33 +237,25 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, int, dict[str, float]]]
         ) from None
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line.decode(), parse_constant=_refuse_constant)
+            values = files.parse_json(line, dict)
             step = values.pop("step")
             if type(step) is not int:
                 raise ValueError(f"its step is {step!r}, not an integer")
             values = {name: _to_float(name, value) for name, value in values.items()}
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-            reason = str(error) if type(error) is ValueError else "not a JSON object with a step"
-            raise InputError(f"{path}, line {number}: {reason}") from None
+        except KeyError:
+            raise InputError(f"{path}, line {number}: it has no step") from None
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
         yield line + b"\n", step, values
 
 
 def _to_float(name: str, value: Any) -> float:
-    if type(value) in (int, float) or value in _NOT_FINITE:
+    if value in _NOT_FINITE or (type(value) in (int, float) and math.isfinite(value)):
         return float(value)
     raise ValueError(f"{name} is {value!r}; a number or one of {', '.join(_NOT_FINITE)} is allowed")
-
-
-def _refuse_constant(constant: str) -> float:
-    raise ValueError(f'{constant} is not JSON; a value that is not finite is a string here, "nan"')
 
 
 def _drop_lines_after(path: Path, last_step: int) -> None:
     """Keeps the complete lines of steps up to `last_step`; the file is replaced in one go."""
     kept = b"".join(line for line, step, _ in _complete_lines(path) if step <= last_step)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())  # or a power failure could leave the new name without its content
-    temporary.replace(path)
+    files.write(path, kept)

@@ -113,7 +113,7 @@ def test_killed_build_goes_on(data_config, texts, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(Watched, "encode_batch", killing(Watched.encode_batch))
         patch.setattr(os, "fsync", killing(os.fsync))
-        patch.setattr(Path, "rename", killing(Path.rename))
+        patch.setattr(os, "replace", killing(os.replace))
         patch.setattr(corpora, "open_corpus", lambda data: corpus)
         with pytest.raises(_Killed):
             token_cache.open_cache(data, Watched())
