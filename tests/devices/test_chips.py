@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def test_every_figure_has_a_source(chip):
     assert all(number > 0 for number in itertools.chain(numbers, *links))
 
 
+@pytest.mark.parametrize(
+    "figure", [None, 197e12, [197e12, ""], [0, "a source"], ["197e12", "a source"]], ids=str
+)
+def test_a_figure_without_number_or_source_is_refused(figure):
+    table = tomllib.loads(Path(chips.__file__).with_name("chips.toml").read_text("utf-8"))["v5e"]
+    table["flops"] = figure
+    with pytest.raises(ValueError, match=r"v5e\.flops must be \[number above 0, source\]"):
+        chips._chip("v5e", table)
+
+
 def test_names_are_unique():
     names = [chip.name for chip in CHIPS]
     kinds = [kind for chip in CHIPS for kind in chip.device_kinds]
@@ -29,13 +40,13 @@ def test_names_are_unique():
 
 
 def test_assumptions_are_told_from_published_figures():
-    assert chips.chip("h100-nvlink").assumptions == ()
-    assert chips.chip("gaudi3").assumptions == ("link.latency", "network.latency")
+    assert chips.by_name("h100-nvlink").assumptions == ()
+    assert chips.by_name("gaudi3").assumptions == ("link.latency", "network.latency")
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(InputError, match=r"--chip=v5 is not .* nearest is v5\w; .*h100-nvlink"):
-        chips.chip("v5")
+        chips.by_name("v5")
 
 
 def test_a_torus_axis_doubles_where_it_closes():
@@ -51,11 +62,11 @@ def test_a_full_mesh_uses_the_wires_to_those_that_take_part():
 
 
 def test_a_group_that_leaves_the_host_uses_the_network():
-    chip = chips.chip("h100-nvlink")
+    chip = chips.by_name("h100-nvlink")
     assert (chip.link_over(8), chip.link_over(9)) == (chip.link, chip.network)
-    assert chips.chip("v5e").link_over(256).bandwidth == 45e9
-    assert chips.chip("v5e").link_over(512).bandwidth == 3.125e9
-    assert chips.chip("h100-infiniband").link_over(2).bandwidth == 50e9
+    assert chips.by_name("v5e").link_over(256).bandwidth == 45e9
+    assert chips.by_name("v5e").link_over(512).bandwidth == 3.125e9
+    assert chips.by_name("h100-infiniband").link_over(2).bandwidth == 50e9
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
