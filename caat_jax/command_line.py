@@ -27,6 +27,7 @@ def run(
     config: flags.FlagHolder | None = None,
     resolve: Callable[[ConfigDict], object] = resolve,
     fields: Callable[[], ConfigDict] = base.get_config,
+    positionals: bool = False,
 ) -> None:
     """Parses the flags and calls `main(resolve(config))`, or `main()` for one without a config.
 
@@ -37,14 +38,17 @@ def run(
       config: of `config_flag`.
       resolve: checks what the flags made of the file, and makes of it what `main` takes.
       fields: a configuration with every field that a file may have.
+      positionals: whether `main` takes the arguments that are not flags, as one list at the end;
+        otherwise there must be none.
     """
 
     def parse(argv: list[str]) -> list[str]:
-        return _or_exit(lambda: _parse(argv, config, fields))
+        return _or_exit(lambda: _parse(argv, config, fields, positionals))
 
-    def call(_: list[str]) -> None:
+    def call(argv: list[str]) -> None:
+        rest = [argv[1:]] if positionals else []
         with processes.lost_ones_noticed():
-            _or_exit(lambda: main(resolve(config.value)) if config is not None else main())
+            _or_exit(lambda: main(*([] if config is None else [resolve(config.value)]), *rest))
 
     quieten_logs()
     sys.unraisablehook = _print_unraisable
@@ -74,7 +78,10 @@ def simulate_devices(mesh: MeshConfig) -> None:
 
 
 def _parse(
-    argv: list[str], config: flags.FlagHolder | None, fields: Callable[[], ConfigDict]
+    argv: list[str],
+    config: flags.FlagHolder | None,
+    fields: Callable[[], ConfigDict],
+    positionals: bool,
 ) -> list[str]:
     if config is not None:
         matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
@@ -83,7 +90,7 @@ def _parse(
         if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:
-        positional = flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
         if config is not None:
             _ = list(config.value)  # a file that is missing fails at its first use
     except flags.Error as error:
@@ -92,9 +99,9 @@ def _parse(
     except Exception as error:
         reason = f"{type(error).__name__}: {_last_line(error)}"
         raise InputError(f"--config cannot be used: {reason}") from None
-    if len(positional) > 1:
-        raise InputError(f"{positional[1]!r} is no flag; flags start with --")
-    return positional
+    if len(rest) > 1 and not positionals:
+        raise InputError(f"{rest[1]!r} is not a flag; flags start with --")
+    return rest
 
 
 def _or_exit(function: Callable[[], object]) -> object:

@@ -65,7 +65,7 @@ def small(texts, tmp_path):
         ([TINY, "--config.model.sync_factor_per_layer=(1,"], ["sync_factor_per_layer", "(1,"]),
         ([TINY, "--config.model.layers"], ["config.model.layers"]),
         ([TINY, "--wrkdir=x"], ["wrkdir"]),
-        ([TINY, "steps=3"], ["'steps=3' is no flag"]),
+        ([TINY, "steps=3"], ["'steps=3' is not a flag"]),
         ([TINY, "--config.model.sync_factor=1.5"], ["model.sync_factor=1.5", "[0, 1]"]),
         ([TINY, "--config.mesh.model=3"], ["mesh.model=3", "model.tp_shards=8", "1, 2, 4, 8"]),
         (

@@ -49,7 +49,9 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
 def main(config: Config) -> None:
     jax.config.update("jax_platforms", "cpu")  # tracing needs no accelerator
     own = own_chip({name: flag.value for name, flag in _OWN.items()}, _DEVICES.value)
-    chosen = [chips.by_name(name) for name in dict.fromkeys(_CHIP.value)] + [own] * (own is not None)
+    chosen = [chips.by_name(name) for name in dict.fromkeys(_CHIP.value)] + [own] * (
+        own is not None
+    )
     configs = configurations(config, _DEVICES.value, _P.value)
     check(configs[0], chosen, _EFFICIENCY.value)
     works = [model.workload(each) for each in configs]
