@@ -8,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from caat_jax.figures import COLOURS, MARKERS
+from caat_jax import figures
 
 WORKLOADS = ("train", "prefill", "decode")
 NO_LIMIT = "none"
@@ -198,29 +196,28 @@ def _times_spent(row: dict[str, Any]) -> list[float]:
     return [row["ms"], row["link_ms"], total, collective, operation, total - collective - operation]
 
 
+@figures.style()
 def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path) -> None:
     """Speed-up over p = 1 against the rate of the link, with the bound."""
     parts = list(dict.fromkeys(row["part"] for row in rows))
     ours = list(dict.fromkeys(row["system"] for row in rows if "bound_ms" in row))
     measured = {row["rate"] for row in rows}
     ticks = sorted(measured, key=lambda rate: rates[rate] or float("inf"))
-    figure = Figure(figsize=(2.8 * len(parts), 3.4), layout="tight")
+    figure = figures.new(2.8 * len(parts), 3.4)
     panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
     for panel, part in zip(panels, parts, strict=True):
         for number, system in enumerate(ours):
             chosen = {r["rate"]: r for r in rows if (r["part"], r["system"]) == (part, system)}
-            style = {"color": COLOURS[number % len(COLOURS)]}
-            marker = MARKERS[number % len(MARKERS)]
+            look = figures.line(number)
             gains = [chosen[rate]["speed_up"] for rate in ticks]
-            panel.plot(ticks, gains, marker=marker, label=system.split(", ")[1], **style)
-            panel.plot(ticks, [chosen[rate]["bound_speed_up"] for rate in ticks], ":", **style)
-        panel.set_title(part, fontsize=10)
-        panel.set_xlabel("link")
-        panel.grid(alpha=0.3)
+            panel.plot(ticks, gains, label=system.split(", ")[1], **look)
+            bounds = [chosen[rate]["bound_speed_up"] for rate in ticks]
+            panel.plot(ticks, bounds, ":", color=look["color"])
+        panel.set(title=part, xlabel="link")
     panels[0].set_ylabel("times as fast as p = 1")
     panels[0].plot([], [], ":", color="gray", label="bound")
     panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    figures.save(figure, path)
 
 
 def _part_order(part: str) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from caat_jax import command_line, files, plot
+from caat_jax import command_line, files
 from caat_jax.checkpoints import workdir as workdir_lib
 from caat_jax.config import field_checks, user_paths
 from caat_jax.config.resolve import resolve_mesh
@@ -46,6 +46,7 @@ from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import memory, sharding
 from caat_jax.errors import InputError
 from caat_jax.evaluation import report
+from caat_jax.plot import report as plot_report
 from caat_jax.training import loop, metrics
 from caat_jax.training.step import Programs
 
@@ -98,7 +99,7 @@ def main(config: Config) -> None:
     runs = [_run(config, p, plan, workdir / _name(p)) for p in SYNC_FACTORS]
     result = _result(config, plan, runs, tokenizer.size, sequences)
     _write(workdir / "quality_130m.json", json.dumps(result, indent=1))
-    plot.plot_runs(
+    plot_report.plot_runs(
         [
             (f"p = {p:g}", metrics.read_metrics(workdir / _name(p) / metrics.METRICS_FILE))
             for p in SYNC_FACTORS

@@ -4,14 +4,14 @@ import csv
 import io
 import math
 import textwrap
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter, SymmetricalLogLocator
-
-from caat_jax.figures import COLOURS, MARKERS
+from caat_jax import figures
 from caat_jax.sensitivity.cuts import SUBLAYERS, Cut, Sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 COLUMNS = ("layer", "sublayer", "sync_factor", "loss", "rise")
 WIDTH = 80
@@ -58,54 +58,48 @@ def to_csv(sensitivity: Sensitivity) -> str:
     return text.getvalue()
 
 
+@figures.style()
 def to_png(sensitivity: Sensitivity) -> bytes:
     """A panel for attention and one for the MLP; a line for each of up to 8 factors."""
     model = sensitivity.config.model
-    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    figure = figures.new(12, 5)
     panels = figure.subplots(1, len(SUBLAYERS), sharex=True, sharey=True)
     for panel, sublayer, title in zip(panels, SUBLAYERS, ("Attention", "MLP"), strict=True):
         _plot_sublayer(panel, sensitivity, sublayer)
-        panel.set_title(title, fontsize=11, loc="left")
+        panel.set_title(title)
     if any(abs(sensitivity.rise(cut)) > _LOGARITHMIC_IF_ABOVE for cut in sensitivity.cut_losses):
         _scale_logarithmically(panels[0].yaxis)
     panels[0].set_ylabel("rise of the validation loss, nats per token")
-    panels[0].legend(title="cut to", title_fontsize=9, fontsize=9, framealpha=0.9, edgecolor="none")
+    panels[0].legend(title="cut to")
     factors = textwrap.shorten(model.describe_sync_factors(), 100, placeholder=" …")
     figure.suptitle(
         f"One sublayer cut at a time: step {sensitivity.step}, S = {model.tp_shards},"
-        f" p = {factors}, validation loss {sensitivity.uncut_loss:.4f}",
-        fontsize=11,
+        f" p = {factors}, validation loss {sensitivity.uncut_loss:.4f}"
     )
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return figures.png(figure)
 
 
-def _scale_logarithmically(axis: Axis) -> None:
+def _scale_logarithmically(axis: "Axis") -> None:
     """But linearly around 0, since rises may be negative."""
+    from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
+
     axis.axes.set_yscale("symlog", linthresh=_LOGARITHMIC_FROM)
     axis.set_major_locator(SymmetricalLogLocator(axis.get_transform(), subs=(1, 2, 5)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _plot_sublayer(panel: Axes, sensitivity: Sensitivity, sublayer: str) -> None:
+def _plot_sublayer(panel: "Axes", sensitivity: Sensitivity, sublayer: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     layers = range(sensitivity.config.model.layers)
     panel.axhline(0, color="#888888", linewidth=0.8)
-    for factor, colour, marker in zip(sensitivity.sync_factors(), COLOURS, MARKERS, strict=False):
+    for number, factor in enumerate(sensitivity.sync_factors()):
         cuts = [Cut(layer, sublayer, factor) for layer in layers]
         panel.plot(
             layers,
             [sensitivity.rise(c) if c in sensitivity.cut_losses else math.nan for c in cuts],
             label=f"{factor:g}",
-            color=colour,
-            marker=marker,
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            linewidth=2,
+            **figures.line(number),
         )
     panel.set_xlabel("layer")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panel.grid(color="#e6e6e6", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)

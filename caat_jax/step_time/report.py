@@ -8,15 +8,14 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-
-from caat_jax.errors import InputError
-from caat_jax.figures import COLOURS, MARKERS
+from caat_jax import figures
+from caat_jax.figures import COLOURS
 from caat_jax.step_time.model import Prediction, span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEFT_OUT = (
     "A prediction; nothing was measured. Left out: what kernels and links lose against the figures"
@@ -66,6 +65,7 @@ def to_json(predictions: Predictions, efficiency: float) -> dict[str, Any]:
     }
 
 
+@figures.style()
 def plot(predictions: Predictions, output: Path) -> None:
     """Writes the PNG `output` of up to 8 chips.
 
@@ -73,17 +73,11 @@ def plot(predictions: Predictions, output: Path) -> None:
       InputError: `output` cannot be written.
     """
     bars = sum(len(rows) for rows in predictions)
-    figure = Figure(figsize=(12, max(4.5, 1.6 + 0.34 * bars)), dpi=150, layout="constrained")
+    figure = figures.new(12, max(4.5, 1.6 + 0.34 * bars))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _plot_times(left, predictions)
     _plot_speed_ups(right, predictions)
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_axisbelow(True)
-    try:
-        figure.savefig(output, format="png")
-    except OSError as error:
-        raise InputError(f"--output={output}: {error.strerror}") from None
+    figures.save(figure, output)
 
 
 def label(prediction: Prediction) -> str:
@@ -222,8 +216,10 @@ def _prediction_json(row: Prediction, full: Prediction) -> dict[str, Any]:
     }
 
 
-def _plot_times(panel: Axes, predictions: Predictions) -> None:
+def _plot_times(panel: "Axes", predictions: Predictions) -> None:
     """Stacked bars, in percent of the chip's step at p = 1 when nothing overlaps."""
+    from matplotlib.patches import Patch
+
     position, ticks, names = 0.0, [], []
     for rows, colour in zip(predictions, COLOURS, strict=False):
         unit = rows[0].step(overlap=False) / 100
@@ -260,14 +256,14 @@ def _plot_times(panel: Axes, predictions: Predictions) -> None:
             names.append(f"p = {label(row)}" if label(row) != "config" else "config")
             position += 1
         position += 1
-    panel.set_yticks(ticks, names, fontsize=9)
+    panel.set_yticks(ticks, names, fontsize=figures.SMALL)
     panel.tick_params(axis="y", length=0)
     panel.set_ylim(position - 1.3, -1.4)  # the first chip on top
     panel.set_xlim(0, 128)  # room for the number right of the bar
     panel.set_xticks(range(0, 101, 20))
-    panel.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    panel.grid(visible=False, axis="y")
     panel.set_xlabel("step time, % of the same chip's at p = 1 (nothing overlapping)")
-    panel.set_title(f"Predicted step time on {_mesh(predictions)}", fontsize=11, loc="left")
+    panel.set_title(f"Predicted step time on {_mesh(predictions)}")
     panel.legend(
         handles=[
             Patch(color="#d4d4d4", label="compute"),
@@ -277,34 +273,25 @@ def _plot_times(panel: Axes, predictions: Predictions) -> None:
         loc="lower center",
         bbox_to_anchor=(0.5, 1.03),
         ncols=3,
-        fontsize=9,
         frameon=False,
     )
 
 
-def _plot_speed_ups(panel: Axes, predictions: Predictions) -> None:
+def _plot_speed_ups(panel: "Axes", predictions: Predictions) -> None:
     """Lines: all overlaps; shaded down to where nothing does."""
-    for rows, colour, marker in zip(predictions, COLOURS, MARKERS, strict=False):
+    for number, rows in enumerate(predictions):
+        look = figures.line(number)
         ordered = sorted(rows, key=lambda row: row.workload.shared)
         shared = [row.workload.shared for row in ordered]
         best, worst = (
             [_speed_up(row, rows[0], overlap) for row in ordered] for overlap in (True, False)
         )
-        panel.fill_between(shared, worst, best, color=colour, alpha=0.15, linewidth=0)
-        panel.plot(
-            shared,
-            best,
-            color=colour,
-            marker=marker,
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            linewidth=2,
-            label=rows[0].chip.name,
-        )
+        panel.fill_between(shared, worst, best, color=look["color"], alpha=0.15, linewidth=0)
+        panel.plot(shared, best, label=rows[0].chip.name, **look)
     panel.axhline(1, color="#999999", linewidth=0.8, zorder=1)
-    panel.grid(color="#e6e6e6", linewidth=0.8)
-    panel.set_xlabel("p (share of the channels that is summed)")
-    panel.set_ylabel("times as fast as p = 1")
-    panel.set_title("Predicted speed-up (shaded: with less overlap)", fontsize=11, loc="left")
-    panel.legend(fontsize=9, framealpha=0.9, edgecolor="none", loc="upper right")
+    panel.set(
+        title="Predicted speed-up (shaded: with less overlap)",
+        xlabel="p (share of the channels that is summed)",
+        ylabel="times as fast as p = 1",
+    )
+    panel.legend(loc="upper right")

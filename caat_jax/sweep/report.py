@@ -14,21 +14,21 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from caat_jax import files
+from caat_jax import figures, files
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
-from caat_jax.figures import COLOURS, MARKERS
+from caat_jax.figures import COLOURS
 from caat_jax.step_time import model
 from caat_jax.sweep.plan import Plan, Run
 from caat_jax.training.metrics import METRICS_FILE, json_number, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RUNS_FOLDER = "runs"
 RESULT_FILE = "result.json"
@@ -200,11 +200,14 @@ def _write_csv(path: Path, heads: Sequence[str], rows: Sequence[Result | Summary
     files.write(path, text.getvalue())
 
 
+@figures.style()
 def _plot(
     plan: Plan, summaries: Sequence[Summary], results: Sequence[Result], workdir: Path
 ) -> None:
     """`sweep.png`: the loss by setting, over the steps, and over the bytes sent."""
-    figure = Figure(figsize=(15, 5.8), dpi=150, layout="constrained")
+    from matplotlib.ticker import EngFormatter
+
+    figure = figures.new(15, 5.8)
     by_value, over_steps, over_bytes = figure.subplots(1, 3)
     _plot_by_value(by_value, plan, summaries)
     place = plan.fields.index(plan.compared)
@@ -241,13 +244,10 @@ def _plot(
     over_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
     for panel in (by_value, over_steps, over_bytes):
         panel.set_ylabel("nats per token")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="#e6e6e6", linewidth=0.8)
-        panel.set_axisbelow(True)
-    figure.savefig(workdir / "sweep.png", format="png")
+    figures.save(figure, workdir / "sweep.png")
 
 
-def _plot_by_value(panel: Axes, plan: Plan, summaries: Sequence[Summary]) -> None:
+def _plot_by_value(panel: "Axes", plan: Plan, summaries: Sequence[Summary]) -> None:
     """The last loss against the compared field, a line for each setting of the others."""
     place = plan.fields.index(plan.compared)
     values = list(dict.fromkeys(s.setting[place] for s in summaries))
@@ -264,15 +264,14 @@ def _plot_by_value(panel: Axes, plan: Plan, summaries: Sequence[Summary]) -> Non
             [s.loss for s in line],
             yerr=[s.spread for s in line],
             label=textwrap.fill(_label(names, others), 40) or None,
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
             capsize=3,
+            **figures.line(number),
         )
     if not numeric:
         panel.set_xticks(list(at.values()), [str(value) for value in values], fontsize=8)
     panel.set(xlabel=_short(plan.compared), title="Last validation loss; bars: spread over seeds")
     if len(plan.fields) > 1:
-        panel.legend(fontsize=8, edgecolor="none")
+        panel.legend(fontsize=8)
 
 
 def _others(plan: Plan, setting: tuple[Any, ...]) -> tuple[Any, ...]:

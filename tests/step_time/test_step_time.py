@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from caat_jax import plot
+from caat_jax import figures
 from caat_jax.communication.collectives import Collective
 from caat_jax.communication.traced_programs import MatrixProduct, Operations
 from caat_jax.config.resolve import resolve_mesh
@@ -182,10 +182,10 @@ def test_picture(predictions, tmp_path):
     output = tmp_path / "step_time.png"
     step_time_report.plot(predictions, output)
     pixels = (matplotlib.image.imread(output)[..., :3] * 255).round().astype(int)
-    for colour in plot.COLOURS:
+    for colour in figures.COLOURS:
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - rgb).max(axis=-1) <= 2).sum() > 300, colour
-    with pytest.raises(InputError, match="--output"):
+    with pytest.raises(InputError, match="missing/a.png"):
         step_time_report.plot(predictions, tmp_path / "missing" / "a.png")
 
 
