@@ -92,7 +92,14 @@ def _plot_speeds(panel: "Axes", runs: Sequence[tuple[str, Metrics]]) -> None:
     readable = EngFormatter(places=2, sep="")
     for row, (label, _), speed in zip(rows, runs, speeds, strict=True):
         # The label stands above its bar, where a long one has the panel's whole width.
-        panel.text(0, row - 0.25, label, fontsize=figures.SMALL, verticalalignment="bottom", parse_math=False)
+        panel.text(
+            0,
+            row - 0.25,
+            label,
+            fontsize=figures.SMALL,
+            verticalalignment="bottom",
+            parse_math=False,
+        )
         panel.annotate(
             readable(speed) if speed else "none",
             (speed, row),
@@ -111,4 +118,3 @@ def _median_finite(values: np.ndarray) -> float:
     """The median of the finite values, 0 when there is none."""
     values = values[np.isfinite(values)]
     return float(np.median(values)) if values.size else 0.0
-
