@@ -18,8 +18,9 @@ from caat_jax.checkpoints import checkpoints
 from caat_jax.config import user_paths
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
-from caat_jax.inference import generator as decoding
+from caat_jax.inference import generator as generator_lib
 from caat_jax.inference import text
+from caat_jax.inference.sampling import Sampling
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given repeatedly.")
@@ -36,20 +37,15 @@ processes.define_flags()
 
 def main() -> None:
     prompts = _prompts()
-    settings = dict(
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        seed=_SEED.value,
-    )
-    decoding.check_settings(**settings)  # a checkpoint may take minutes to load
+    # Checked before a checkpoint is loaded, which may take minutes.
+    generator_lib.check_new_tokens(_MAX_NEW_TOKENS.value)
+    sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     processes.start()
     step, config = checkpoints.newest_config(workdir)
     command_line.simulate_devices(config.mesh)
     generator = text.TextGenerator(workdir, step, config)
-    pieces = generator.stream(prompts, **settings)
+    pieces = generator.stream(prompts, max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling)
     # Whatever the terminal is set to: a character that it cannot show must not end the program.
     sys.stdout.reconfigure(encoding="utf-8")
     with processes.silent_unless_first():

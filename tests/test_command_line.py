@@ -324,7 +324,7 @@ def test_run_that_works_and_then_another_architecture(run, small, tmp_path):
 
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     other = ["--config.model.layers=2", "--config.model.sync_factor=0.25"]
-    said = ["model.layers: 1 there, 2 asked for", "model.sync_factors", str(workdir)]
+    said = ["model.layers: stored 1, requested 2", "model.sync_factors", str(workdir)]
     assert_refused(run(*small, *other), *said)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 

@@ -29,7 +29,7 @@ from caat_jax.config.sections import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    cudnn_takes,
+    cudnn_supports,
 )
 from caat_jax.errors import InputError
 
@@ -149,7 +149,7 @@ def _compute(fields: dict[str, Any], model: Architecture) -> Compute:
         one_of(f"compute.{field}", fields[field], DTYPES)
     one_of("compute.attention", fields["attention"], ATTENTION_KERNELS)
     compute = Compute(**fields)
-    if compute.attention == "cudnn" and not cudnn_takes(model, compute):
+    if compute.attention == "cudnn" and not cudnn_supports(model, compute):
         raise InputError(
             f"compute.attention=cudnn does not take compute.dtype={compute.dtype} with"
             f" model.head_dim={model.head_dim}; it takes bfloat16, and multiples of 8 up to 128"

@@ -136,6 +136,6 @@ class Config:
         return self
 
 
-def cudnn_takes(model: Architecture, compute: Compute) -> bool:
+def cudnn_supports(model: Architecture, compute: Compute) -> bool:
     """Whether cuDNN's flash attention does this type and head width, on all GPUs that have it."""
     return compute.dtype == "bfloat16" and model.head_dim % 8 == 0 and model.head_dim <= 128

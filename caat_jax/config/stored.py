@@ -16,7 +16,7 @@ from caat_jax.errors import InputError
 
 
 def base_fields(config: Config) -> dict[str, Any]:
-    """Of `configs/base.py`, those of which `resolve` makes this configuration, by section.
+    """The fields of `configs/base.py` that resolve back to this configuration, by section.
 
     All but `model.sync_factor`, which `model.sync_factor_per_layer` overrides.
     """
@@ -64,15 +64,16 @@ def _pairs(lists: list[list[float]]) -> SyncFactors:
 
 
 def difference(stored: Any, given: Any, section: str = "") -> list[str]:
-    """The fields of two `Config`, or of one section of two, that differ: `NAME: stored, given`."""
+    """The fields in which two `Config`, or one section of two, differ: `NAME: stored, requested`."""
     differing = []
     for field in dataclasses.fields(stored):
         name = section + field.name
-        there, asked = getattr(stored, field.name), getattr(given, field.name)
-        if dataclasses.is_dataclass(there):
-            differing += difference(there, asked, f"{name}.")
-        elif there != asked:
+        stored_value, requested = getattr(stored, field.name), getattr(given, field.name)
+        if dataclasses.is_dataclass(stored_value):
+            differing += difference(stored_value, requested, f"{name}.")
+        elif stored_value != requested:
             if field.name == "sync_factors":
-                there, asked = stored.describe_sync_factors(), given.describe_sync_factors()
-            differing.append(f"{name}: {there} there, {asked} asked for")
+                stored_value = stored.describe_sync_factors()
+                requested = given.describe_sync_factors()
+            differing.append(f"{name}: stored {stored_value}, requested {requested}")
     return differing

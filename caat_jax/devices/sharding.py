@@ -20,7 +20,7 @@ from caat_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "model")
 
-# The name of a place, as in `transformer.py`.
+# The name of a place, as in `caat_jax.model.scopes`.
 GRADIENT_REDUCTION = "gradient_reduction"
 
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
@@ -145,7 +145,7 @@ def over_mesh(
 
     Args:
       function: what runs on each device.
-      mesh: all of its axes are the function's own affair.
+      mesh: the function is manual over all of its axes.
       dtype: that of the matrix products.
       in_specs: how each argument is split.
       out_specs: how the results are.

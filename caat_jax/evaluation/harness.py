@@ -25,6 +25,7 @@ from caat_jax.config.sections import Config
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.evaluation.scoring import Score, Scored, Scorer
+from caat_jax.inference.sampling import Sampling
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
 
@@ -45,17 +46,14 @@ class TaskOptions:
 
 
 class Generates(Protocol):
-    """What of `decoding.Generator` is needed here."""
+    """What of `Generator` is needed here."""
 
     def generate(
         self,
         prompts: list[list[int]],
         *,
         max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
+        sampling: Sampling,
         stop_ids: Sequence[int],
     ) -> list[list[int]]:
         """The new tokens after each prompt."""
@@ -127,9 +125,8 @@ class HarnessModel(LM):
             generated = generator.generate(
                 [prompts[n][new - longest :] for n in numbers],
                 max_new_tokens=new,
-                seed=seed,
+                sampling=Sampling(**given, seed=seed),
                 stop_ids=(self._tokenizer.eos_id,),
-                **given,
             )
             for n, ids in zip(numbers, generated, strict=True):
                 texts[n] = _before_stop(self._tokenizer.decode(ids), stops[n])
@@ -170,7 +167,7 @@ def evaluate_tasks(
     def generator() -> Generates:
         from caat_jax.inference import generator as decoding
 
-        return decoding.Generator(model.config, model.mesh, model.parameters)
+        return decoding.Generator(model.config, model.mesh, model.parameters, model.tokenizer.size)
 
     scorer = Scorer(Programs(model.config, model.mesh), model.parameters, rows)
     harness_model = HarnessModel(scorer, model.tokenizer, generator)
@@ -267,7 +264,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
-    """`until`, `max_gen_toks`, and the arguments of `Generates.generate` of the same names."""
+    """`until`, `max_gen_toks`, and the fields of `Sampling` of the same names."""
     options = normalize_gen_kwargs(given)
     del options["do_sample"]  # without it, the temperature is 0
     known = {"until", "max_gen_toks", *_GENERATION_OPTIONS}

@@ -22,14 +22,16 @@ from caat_jax.devices import sharding
 from caat_jax.devices.dispatch import wait_if_simulated
 from caat_jax.errors import InputError
 from caat_jax.inference.programs import InferencePrograms
-from caat_jax.inference.sampling import Sampling, sampling
+from caat_jax.inference.sampling import Sampling
 
 # Every length has programs of its own.  A short cache costs little; a prompt's filling is computed
 # and sent like the rest of it.
 SHORTEST_PROMPTS, SHORTEST_CACHE = 8, 64
-# Tokens of each sequence from one call of a program: the host waits for them together.  Those
-# behind the end of a sequence are computed in vain.
+# Tokens of each sequence from one call of a program: the host waits for them together.  Tokens
+# past the end of a sequence are wasted work.
 STEPS_PER_CALL = 8
+
+GREEDILY = Sampling()
 
 
 class Generator:
@@ -39,16 +41,20 @@ class Generator:
     batches are used again.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, parameters: Any):
+    def __init__(self, config: Config, mesh: Mesh, parameters: Any, vocabulary: int | None = None):
         """Lays out the weights for inference; the parameters are needed no more afterwards.
 
         Args:
           config: what the parameters were trained with, its vocabulary filled in.
           mesh: `model` divides S.  All processes whose devices it has do the same, together.
-          parameters: a nested dictionary of float32 arrays, laid out anyhow.
+          parameters: a nested dictionary of arrays with any sharding, matrices in float32 or in
+            the compute type.
+          vocabulary: ids from here on only pad the vocabulary, and are never chosen; by default
+            all ids may be.
         """
         self.config = config
         self.programs = InferencePrograms(config, mesh)
+        self._vocabulary = config.model.vocab_size if vocabulary is None else vocabulary
         self._rows_multiple = sharding.batch_parts(mesh)
         self._weights = wait_if_simulated(self.programs.prepare(parameters))
 
@@ -57,10 +63,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDILY,
         stop_ids: Sequence[int] = (),
     ) -> list[list[int]]:
         """The new tokens of each prompt, without the stop id that ended them.
@@ -69,10 +72,7 @@ class Generator:
           prompts: token ids, at least one and at most `data.sequence_length` each.
           max_new_tokens: of each prompt; prompt and new tokens together end at
             `data.sequence_length`.
-          temperature: what logits are divided by; 0 takes the likeliest token always.
-          top_k: how many of the likeliest tokens to choose from; 0: all.
-          top_p: only the fewest likeliest tokens of this probability together remain.
-          seed: the same gives the same tokens for a prompt at the same place, on any mesh.
+          sampling: how each token is chosen.
           stop_ids: ids that end a sequence.
 
         Raises:
@@ -80,13 +80,7 @@ class Generator:
         """
         new_tokens: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_ids=stop_ids,
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
         ):
             for row, token in tokens.items():
                 new_tokens[row].append(token)
@@ -97,29 +91,20 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling = GREEDILY,
         stop_ids: Sequence[int] = (),
     ) -> Iterator[dict[int, int]]:
         """`generate`, step by step: each the new token of every prompt that has one, by its number.
 
-        A prompt that is in one step no more has ended.  Bad arguments raise at once.
+        A prompt that is missing from a step has finished.  Bad arguments raise at once.
         """
-        settings = check_settings(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        check_new_tokens(max_new_tokens)
         self._check_prompts(prompts)
         context = self.config.data.sequence_length
         limits = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
         if not any(limits):
             return iter(())
-        steps = self._all_steps(prompts, max(limits), settings)
+        steps = self._all_steps(prompts, max(limits), sampling)
         return _until_ended(steps, limits, frozenset(stop_ids))
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -141,9 +126,10 @@ class Generator:
         return jax.make_array_from_callback(rows.shape, layout, lambda index: rows[index])
 
     def _all_steps(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, settings: Sampling
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling
     ) -> Iterator[np.ndarray]:
-        """int32 [rows] for each step, rows behind the prompts' being meaningless."""
+        """int32 [rows] for each step, rows past the prompts' being meaningless."""
+        numbers = sampling.numbers(self._vocabulary)
         calls = math.ceil((new_tokens - 1) / STEPS_PER_CALL)
         rows = math.ceil(len(prompts) / self._rows_multiple) * self._rows_multiple
         lengths = np.ones(rows, np.int32)
@@ -157,9 +143,9 @@ class Generator:
                 self._weights,
                 self._on_mesh(filled),
                 self._on_mesh(lengths),
-                settings,
+                numbers,
                 cache_length=bucket(slots + calls * STEPS_PER_CALL, SHORTEST_CACHE),
-                kind=settings.kind,
+                kind=sampling.kind,
             )
         )
         yield _on_host(state.tokens)
@@ -169,9 +155,9 @@ class Generator:
                     self._weights,
                     cache,
                     state,
-                    settings,
+                    numbers,
                     steps=STEPS_PER_CALL,
-                    kind=settings.kind,
+                    kind=sampling.kind,
                 )
             )
             yield from _on_host(tokens)
@@ -184,17 +170,14 @@ def _on_host(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def check_settings(
-    *, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
-) -> Sampling:
-    """How to choose, of arguments of `Generator.generate`: to be checked before there is one.
+def check_new_tokens(number: int) -> None:
+    """Refuses what `Generator.generate` would, before there is one.
 
     Raises:
-      InputError: naming the value and what is allowed.
+      InputError: there is no token to generate.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    return sampling(temperature, top_k, top_p, seed)
+    if number < 1:
+        raise InputError(f"max_new_tokens={number} must be at least 1")
 
 
 def bucket(length: int, shortest: int) -> int:

@@ -4,12 +4,12 @@ Both run inside one `jax.shard_map` over the whole mesh, as training does.  Sequ
 the data axes, the key/value cache also by its heads over `model`; what a layer sends over `model`
 is the two partial channel-reduces of `partial_sync.py`, in decode of one token.
 
-Prompts of different lengths are filled up on the right to P slots.  New tokens go to the slots from
-P on, the same for all sequences, so that writing them is one update in place; what a sequence sees
-are the first `length` slots and those from P on.  Its positions, for the rotary embedding, go on
+Prompts of different lengths are filled up on the right to Q slots.  New tokens go to the slots from
+Q on, the same for all sequences, so that writing them is one update in place; what a sequence sees
+are the first `length` slots and those from Q on.  Its positions, for the rotary embedding, go on
 from its own length.
 
-Axis letters: B batch, P slots of the prompts, C slots of the cache, D residual width, V vocabulary,
+Axis letters: B batch, Q slots of the prompts, C slots of the cache, D residual width, V vocabulary,
 K key/value heads, h width of a head, G groups of shards on this device (`partial_sync.py`), n
 layers that run as one loop.
 """
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -29,12 +28,13 @@ from jax.sharding import PartitionSpec as P
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding, xla_options
 from caat_jax.inference import sampling
-from caat_jax.inference.sampling import Sampling
-from caat_jax.model import attention, layers, partial_sync
+from caat_jax.inference.sampling import Numbers, Sampling
+from caat_jax.inference.weights import LayerWeights, WeightLayout, Weights
+from caat_jax.model import attention, layers
 from caat_jax.model import transformer as model_lib
-from caat_jax.model.partial_sync import Columns, Factors, Stream, Wire
+from caat_jax.model.norm_product import norm_and_project
+from caat_jax.model.partial_sync import Stream, Wire
 from caat_jax.model.scopes import ATTENTION_SCOPE, EMBEDDING, HEAD_AND_LOSS, LAYERS
-from caat_jax.model.transformer import Blueprint, LayerRun
 
 _SCALAR = sharding.partition_spec(())
 _BATCH = sharding.partition_spec(("batch",))
@@ -42,23 +42,8 @@ _TOKENS = sharding.partition_spec(("batch", "sequence"))
 _STEP_TOKENS = sharding.partition_spec(("unsplit", "batch"))
 
 
-class LayerFactors(NamedTuple):
-    """Of the layers of one run, stacked along a leading axis; of one layer when unrolled."""
-
-    attention: Factors
-    mlp: Factors
-
-
-class Weights(NamedTuple):
-    """All parameters as inference multiplies with them, in the compute type, whole over `fsdp`."""
-
-    table: jax.Array  # the embedding, [V, D]
-    runs: tuple[LayerFactors, ...]
-    head: Columns  # n being the vocabulary's part of a shard group
-
-
 class LayerCache(NamedTuple):
-    """Keys and values [n, K·B, C, h] of the layers of one run, in the compute type.
+    """Keys and values [n, K·B, C, h] of the layers of one span, in the compute type.
 
     Unrolled, the arrays are those of one layer, [K·B, C, h].  XLA for CPUs updates them in place
     only if no reshaping, not even of an axis of length 1, stands between the update and the product
@@ -74,17 +59,16 @@ class State(NamedTuple):
 
     tokens: jax.Array  # int32 [B]: the last ones chosen, not in the cache yet
     lengths: jax.Array  # int32 [B]: tokens of the prompts
-    prompt_slots: jax.Array  # int32: P
+    prompt_slots: jax.Array  # int32: Q
     chosen: jax.Array  # int32: tokens chosen for each sequence
 
 
 _STATE = State(_BATCH, _BATCH, _SCALAR, _SCALAR)
 # The order in memory of a cache's [K·B, C, h], outermost first, where it is not that.  On TPUs one
 # slot of all rows, which a step writes, is whole tiles then: XLA wants it so, and would copy the
-# cache into this order at the begin of every call and back at its end.
+# cache into this order at the start of every call and back at its end.
 _CACHE_ORDER = {"tpu": (1, 0, 2)}
-_GREEDY = sampling.sampling(0.0, 0, 1.0, 0)
-_SAMPLING = Sampling(_SCALAR, _SCALAR, _SCALAR, _SCALAR)
+_NUMBERS = Numbers(_SCALAR, _SCALAR, _SCALAR, _SCALAR, _SCALAR)
 
 
 class InferencePrograms:
@@ -96,40 +80,16 @@ class InferencePrograms:
     def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
         self.config = config
         self.mesh = mesh
-        arch, platform = config.model, sharding.platform(mesh)
-        self._blueprint = Blueprint(arch, config.compute, platform)
-        self._dtype = jnp.dtype(config.compute.dtype)
-        self._wire = Wire(*[jnp.dtype(config.compute.forward_wire_dtype)] * 2)
-        self._grouping = partial_sync.grouping(
-            arch.tp_shards // mesh.shape["model"],
-            model_lib.smallest_sync_width(arch),
-            arch.embed_dim,
-        )
-        self._runs = model_lib.layer_runs(arch)
-        if not config.compute.scan_layers:  # each layer's weights are arrays of their own
-            self._runs = [
-                LayerRun(layer, layer + 1, run.sync_widths)
-                for run in self._runs
-                for layer in range(run.first, run.last)
-            ]
-        axes = ("layers",) if config.compute.scan_layers else ()
-        rows = sharding.partition_spec((*axes, "shards", "unsplit", "unsplit"))
-        common = sharding.partition_spec((*axes, "unsplit", "shards"))
-        factors = Factors(Columns(common, rows), rows, rows)
-        table = ("vocab", "unsplit") if arch.tied_head else ("unsplit", "channels")
-        self._weight_specs = Weights(
-            sharding.partition_spec(table),
-            (LayerFactors(factors, factors),) * len(self._runs),
-            Columns(
-                sharding.partition_spec(("unsplit", "shards")),
-                sharding.partition_spec(("shards", "unsplit", "unsplit")),
-            ),
-        )
+        self._layout = layout = WeightLayout(config, mesh)
+        self._dtype = layout.dtype
+        forward = jnp.dtype(config.compute.forward_wire_dtype)
+        self._wire = Wire(forward, forward)
+        axes = ("layers",) if layout.is_stacked else ()
         rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
-        self._cache_specs = (LayerCache(rows, rows),) * len(self._runs)
+        self._cache_specs = (LayerCache(rows, rows),) * len(layout.spans)
         self._cache_formats = jax.tree.map(self._cache_format, self._cache_specs)
-        options = xla_options.options(platform)
-        self.prepare = jax.jit(self._prepare)
+        options = xla_options.options(sharding.platform(mesh))
+        self.prepare = jax.jit(layout.prepare)
         self.prefill = jax.jit(
             self._prefill,
             static_argnames=("cache_length", "kind"),
@@ -152,7 +112,7 @@ class InferencePrograms:
             self._weight_shapes(),
             prompts,
             lengths,
-            self._shapes_of(_GREEDY, _SAMPLING),
+            self._greedy_numbers(),
             cache_length=length,
             kind=sampling.GREEDY,
         )
@@ -161,10 +121,10 @@ class InferencePrograms:
         """Greedy decode of one token for each of `batch` sequences, traced without a cache."""
         arch = self.config.model
         caches = []
-        for run, formats in zip(self._runs, self._cache_formats, strict=True):
+        for span, formats in zip(self._layout.spans, self._cache_formats, strict=True):
             shape = (arch.kv_heads * batch, cache_length, arch.head_dim)
-            if self.config.compute.scan_layers:
-                shape = (run.last - run.first, *shape)
+            if self._layout.is_stacked:
+                shape = (span.last - span.first, *shape)
             caches.append(
                 LayerCache(*(jax.ShapeDtypeStruct(shape, self._dtype, sharding=f) for f in formats))
             )
@@ -173,14 +133,18 @@ class InferencePrograms:
             self._weight_shapes(),
             tuple(caches),
             self._shapes_of(State(rows, rows, number, number), _STATE),
-            self._shapes_of(_GREEDY, _SAMPLING),
+            self._greedy_numbers(),
             steps=1,
             kind=sampling.GREEDY,
         )
 
+    def _greedy_numbers(self) -> Numbers:
+        return self._shapes_of(Sampling().numbers(self.config.model.vocab_size), _NUMBERS)
+
     def _weight_shapes(self) -> Weights:
-        shapes = jax.eval_shape(self._prepare, self._blueprint.shapes)
-        return self._shapes_of(shapes, self._weight_specs)
+        layout = self._layout
+        shapes = jax.eval_shape(layout.prepare, layout.blueprint.shapes)
+        return self._shapes_of(shapes, layout.specs)
 
     def _shapes_of(self, arrays: Any, specs: Any) -> Any:
         return jax.tree.map(lambda a, spec: self._shape(a.shape, a.dtype, spec), arrays, specs)
@@ -202,23 +166,12 @@ class InferencePrograms:
             function, self.mesh, self._dtype.name, in_specs=in_specs, out_specs=out_specs
         )
 
-    def _prepare(self, parameters: Any) -> Weights:
-        """`Weights` of parameters as training has them, float32."""
-
-        def in_compute_type(parameter: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
-            return parameter if "norm" in logical_axes else parameter.astype(self._dtype)
-
-        logical_axes = self._blueprint.logical_axes
-        specs = jax.tree.map(sharding.without_fsdp, self._blueprint.specs)
-        prepare = self._over_mesh(self._local_weights, (specs,), self._weight_specs)
-        return prepare(jax.tree.map(in_compute_type, parameters, logical_axes))
-
     def _prefill(
         self,
         weights: Weights,
         prompts: jax.Array,
         lengths: jax.Array,
-        settings: Sampling,
+        numbers: Numbers,
         *,
         cache_length: int,
         kind: str,
@@ -227,23 +180,23 @@ class InferencePrograms:
 
         Args:
           weights: of `prepare`.
-          prompts: int32 [B, P], each filled up on the right with any ids.
+          prompts: int32 [B, Q], each filled up on the right with any ids.
           lengths: int32 [B], of the prompts, at least 1.
-          settings: how to choose the tokens.
-          cache_length: C, at least P.
-          kind: `settings.kind`.
+          numbers: how to choose the tokens, of `Sampling.numbers`.
+          cache_length: C, at least Q.
+          kind: `Sampling.kind`.
         """
         local = functools.partial(self._local_prefill, cache_length=cache_length, kind=kind)
-        in_specs = (self._weight_specs, _TOKENS, _BATCH, _SAMPLING)
+        in_specs = (self._layout.specs, _TOKENS, _BATCH, _NUMBERS)
         function = self._over_mesh(local, in_specs, (self._cache_specs, _STATE))
-        return function(weights, prompts, lengths, settings)
+        return function(weights, prompts, lengths, numbers)
 
     def _decode(
         self,
         weights: Weights,
         cache: tuple[LayerCache, ...],
         state: State,
-        settings: Sampling,
+        numbers: Numbers,
         *,
         steps: int,
         kind: str,
@@ -253,82 +206,52 @@ class InferencePrograms:
         There must be a slot for each; the last token chosen is not in the cache yet.
         """
         local = functools.partial(self._local_decode, steps=steps, kind=kind)
-        in_specs = (self._weight_specs, self._cache_specs, _STATE, _SAMPLING)
+        in_specs = (self._layout.specs, self._cache_specs, _STATE, _NUMBERS)
         function = self._over_mesh(local, in_specs, (self._cache_specs, _STATE, _STEP_TOKENS))
-        return function(weights, cache, state, settings)
+        return function(weights, cache, state, numbers)
 
     # What follows runs on each device's part, inside `shard_map`.
-
-    def _local_weights(self, parameters: Any) -> Weights:
-        arch, grouping, dtype = self.config.model, self._grouping, self._dtype
-        model = self._blueprint.bind(parameters)
-        graph, stacked = nnx.split(model.layers)
-
-        def factors(weights: Any, run: LayerRun) -> LayerFactors:
-            layer = nnx.merge(graph, weights)
-            return LayerFactors(
-                layer.attention.factors(grouping, run.sync_widths[0], dtype),
-                layer.mlp.factors(grouping, run.sync_widths[1], dtype),
-            )
-
-        runs = []
-        for run in self._runs:
-            if self.config.compute.scan_layers:
-                some = jax.tree.map(lambda w, run=run: w[run.first : run.last], stacked)
-                runs.append(jax.vmap(functools.partial(factors, run=run))(some))
-            else:
-                one = jax.tree.map(lambda w, run=run: w[run.first], stacked)
-                runs.append(factors(one, run))
-        table = model.embedding[...]
-        head = table.T if arch.tied_head else model.head[...]
-        head = partial_sync.scaled_columns(
-            model.final_norm[...],
-            head.reshape(arch.embed_dim, grouping.groups, -1),
-            grouping.common_width,
-            dtype,
-        )
-        return Weights(table, tuple(runs), head)
 
     def _local_prefill(
         self,
         weights: Weights,
-        prompts_BP: jax.Array,
+        prompts_BQ: jax.Array,
         lengths_B: jax.Array,
-        settings: Sampling,
+        numbers: Numbers,
         *,
         cache_length: int,
         kind: str,
     ) -> tuple[tuple[LayerCache, ...], State]:
-        stream, cache = self._through_prompts(weights, prompts_BP, lengths_B, cache_length)
+        stream, cache = self._through_prompts(weights, prompts_BQ, lengths_B, cache_length)
         chosen = jnp.int32(0)
-        tokens_B = self._choose(weights, stream, chosen, settings, kind)
-        return cache, State(tokens_B, lengths_B, jnp.int32(prompts_BP.shape[1]), chosen + 1)
+        tokens_B = self._choose(weights, stream, chosen, numbers, kind)
+        return cache, State(tokens_B, lengths_B, jnp.int32(prompts_BQ.shape[1]), chosen + 1)
 
     def _through_prompts(
-        self, weights: Weights, prompts_BP: jax.Array, lengths_B: jax.Array, cache_length: int
+        self, weights: Weights, prompts_BQ: jax.Array, lengths_B: jax.Array, cache_length: int
     ) -> tuple[Stream, tuple[LayerCache, ...]]:
         """The streams [B, 1, …] of the prompts' last tokens after all layers; a cache of all."""
         arch, wire = self.config.model, self._wire
-        slots = prompts_BP.shape[1]
+        slots = prompts_BQ.shape[1]
         rotation = layers.rotary_angles(jnp.arange(slots), arch)
 
-        def apply(stream: Stream, factors: LayerFactors) -> tuple[Stream, LayerCache]:
-            query, key, value = layers.query_key_value(stream, factors.attention, rotation, arch)
+        def apply(stream: Stream, layer: LayerWeights) -> tuple[Stream, LayerCache]:
+            query, key, value = layers.query_key_value(stream, layer.attention, rotation, arch)
             with jax.named_scope(ATTENTION_SCOPE):
-                attended = self._blueprint.attend(query, key, value)
-            stream = layers.add_attended(stream, attended, factors.attention, wire)
-            stream = layers.mlp(stream, factors.mlp, arch, wire)
+                attended = self._layout.blueprint.attend(query, key, value)
+            stream = layers.add_attended(stream, attended, layer.attention, wire)
+            stream = layers.mlp(stream, layer.mlp, arch, wire)
             unused = (0, 0), (0, cache_length - slots), (0, 0)
             kept = (jnp.pad(attention.cache_rows(x), unused) for x in (key, value))
             return stream, LayerCache(*kept)
 
-        stream, caches = self._embed(weights, prompts_BP), []
+        stream, caches = self._embed(weights, prompts_BQ), []
         with jax.named_scope(LAYERS):
-            for factors in weights.runs:
-                if self.config.compute.scan_layers:
-                    stream, cache = lax.scan(apply, stream, factors)
+            for layer_weights in weights.spans:
+                if self._layout.is_stacked:
+                    stream, cache = lax.scan(apply, stream, layer_weights)
                 else:
-                    stream, cache = apply(stream, factors)
+                    stream, cache = apply(stream, layer_weights)
                 caches.append(cache)
         last = (lengths_B - 1)[:, None, None]
         common = jnp.take_along_axis(stream.common, last, axis=1)
@@ -340,7 +263,7 @@ class InferencePrograms:
         weights: Weights,
         cache: tuple[LayerCache, ...],
         state: State,
-        settings: Sampling,
+        numbers: Numbers,
         *,
         steps: int,
         kind: str,
@@ -348,7 +271,7 @@ class InferencePrograms:
         def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
             cache, state = carry
             stream, cache = self._one_position(weights, cache, state)
-            tokens_B = self._choose(weights, stream, state.chosen, settings, kind)
+            tokens_B = self._choose(weights, stream, state.chosen, numbers, kind)
             state = state._replace(tokens=tokens_B, chosen=state.chosen + 1)
             return (cache, state), tokens_B
 
@@ -369,39 +292,39 @@ class InferencePrograms:
         visible_BC = is_prompt_BC | ((slots >= state.prompt_slots) & (slots <= slot))
 
         def apply(
-            stream: Stream, cache: LayerCache, factors: LayerFactors, layer: tuple[jax.Array, ...]
+            stream: Stream, cache: LayerCache, layer: LayerWeights, place: tuple[jax.Array, ...]
         ) -> tuple[Stream, LayerCache]:
-            """One layer; `layer` is its place in stacked caches, or empty."""
+            """One layer; `place` is its number in stacked caches, or empty."""
 
             def write(old: jax.Array, new: jax.Array) -> jax.Array:
-                new = lax.expand_dims(attention.cache_rows(new), range(len(layer)))
-                return lax.dynamic_update_slice(old, new, (*layer, 0, slot, 0))
+                new = lax.expand_dims(attention.cache_rows(new), range(len(place)))
+                return lax.dynamic_update_slice(old, new, (*place, 0, slot, 0))
 
-            query, key, value = layers.query_key_value(stream, factors.attention, rotation, arch)
+            query, key, value = layers.query_key_value(stream, layer.attention, rotation, arch)
             with jax.named_scope(ATTENTION_SCOPE):
                 cache = LayerCache(write(cache.key, key), write(cache.value, value))
                 key, value = (
-                    lax.dynamic_index_in_dim(x, *layer, keepdims=False) if layer else x
+                    lax.dynamic_index_in_dim(x, *place, keepdims=False) if place else x
                     for x in cache
                 )
-                attended = attention.to_cache(query, key, value, visible_BC)
-            stream = layers.add_attended(stream, attended, factors.attention, wire)
-            return layers.mlp(stream, factors.mlp, arch, wire), cache
+                attended = attention.attend_to_cache(query, key, value, visible_BC)
+            stream = layers.add_attended(stream, attended, layer.attention, wire)
+            return layers.mlp(stream, layer.mlp, arch, wire), cache
 
         def in_loop(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             # The loop carries the caches of all its layers: so they are updated in place.
-            layer, factors = inputs
-            return apply(*carry, factors, (layer,)), None
+            place, layer = inputs
+            return apply(*carry, layer, (place,)), None
 
         stream, updated = self._embed(weights, state.tokens[:, None]), []
         with jax.named_scope(LAYERS):
-            for run_cache, factors in zip(cache, weights.runs, strict=True):
-                if self.config.compute.scan_layers:
-                    inputs = jnp.arange(len(run_cache.key)), factors
-                    (stream, run_cache), _ = lax.scan(in_loop, (stream, run_cache), inputs)
+            for span_cache, layer_weights in zip(cache, weights.spans, strict=True):
+                if self._layout.is_stacked:
+                    inputs = jnp.arange(len(span_cache.key)), layer_weights
+                    (stream, span_cache), _ = lax.scan(in_loop, (stream, span_cache), inputs)
                 else:
-                    stream, run_cache = apply(stream, run_cache, factors, ())
-                updated.append(run_cache)
+                    stream, span_cache = apply(stream, span_cache, layer_weights, ())
+                updated.append(span_cache)
         return stream, tuple(updated)
 
     def _embed(self, weights: Weights, tokens_BT: jax.Array) -> Stream:
@@ -409,17 +332,15 @@ class InferencePrograms:
             return model_lib.embed(weights.table, tokens_BT, self.config.model, self._wire)
 
     def _choose(
-        self, weights: Weights, stream: Stream, step: jax.Array, settings: Sampling, kind: str
+        self, weights: Weights, stream: Stream, step: jax.Array, numbers: Numbers, kind: str
     ) -> jax.Array:
         """The tokens [B] after streams of one position."""
         with jax.named_scope(HEAD_AND_LOSS):
             logits = self._logits(weights, stream)
-            return sampling.next_tokens(logits, step, settings, kind)
+            return sampling.next_tokens(logits, step, numbers, kind)
 
     def _logits(self, weights: Weights, stream: Stream) -> jax.Array:
         """Of streams of one position, float32 [G, B, this device's part of V]."""
         epsilon = self.config.model.norm_epsilon
-        logits = partial_sync.norm_and_project(
-            stream, weights.head, epsilon=epsilon, out_dtype=jnp.float32
-        )
+        logits = norm_and_project(stream, weights.head, epsilon=epsilon, out_dtype=jnp.float32)
         return logits[:, :, 0]

@@ -7,6 +7,7 @@ Axis letters: B batch, V vocabulary, v this device's part of it in groups, G gro
 this device (`partial_sync.py`).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,77 +19,99 @@ from caat_jax.devices.sharding import LOGICAL_AXIS_RULES
 from caat_jax.errors import InputError
 from caat_jax.model import loss
 
-# What a program is compiled for; the numbers of `Sampling` are its arguments.
-GREEDY, ANY_TOKEN, LIKELIEST = "greedy", "any token", "the likeliest tokens"
+# What a program is compiled for; the `Numbers` are its arguments.
+GREEDY, FULL, TRUNCATED = "greedy", "full", "truncated"
 SEEDS = 2**32
 
 
-class Sampling(NamedTuple):
-    """How to choose; scalars.  Logits are divided by the temperature first, then tokens left out.
+class Numbers(NamedTuple):
+    """The scalars that a program takes."""
 
-    `top_k` tokens at most remain, then the fewest of them that together have a probability of
-    `top_p`.
-    """
-
-    temperature: np.float32  # 0: the likeliest token, whatever the other fields
-    top_k: np.int32  # 0: all
+    temperature: np.float32
+    top_k: np.int32
     top_p: np.float32
     seed: np.uint32
-
-    @property
-    def kind(self) -> str:
-        """GREEDY, ANY_TOKEN or LIKELIEST."""
-        if self.temperature == 0:
-            return GREEDY
-        return LIKELIEST if self.top_k or self.top_p < 1 else ANY_TOKEN
+    vocabulary: np.int32  # ids from here on only pad the vocabulary, and are never chosen
 
 
-def sampling(temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
-    """Checks the values that a user gives.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: by default the most likely one.
+
+    Logits are divided by the temperature first, then tokens are left out: at most `top_k` remain,
+    then the fewest of them that together have a probability of `top_p`.
 
     Raises:
       InputError: naming the value and what is allowed.
     """
-    if not 0 <= temperature < np.inf:
-        raise InputError(f"temperature={temperature} must be 0 (the likeliest token) or more")
-    if not 0 <= top_k < 2**31:
-        raise InputError(f"top_k={top_k} must be 0 (all tokens) or more, and below 2**31")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p} is outside (0, 1]")
-    if not 0 <= seed < SEEDS:
-        raise InputError(f"seed={seed} is outside [0, 2**32)")
-    # A temperature that float32 would round to 0 is not greedy: it must not divide by 0.
-    smallest = np.finfo(np.float32).tiny
-    rounded = np.float32(max(temperature, smallest) if temperature else 0)
-    return Sampling(rounded, np.int32(top_k), np.float32(top_p), np.uint32(seed))
+
+    temperature: float = 0.0  # 0: the most likely token, whatever the other fields
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0  # the same one draws the same tokens for a prompt at the same place, on any mesh
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < np.inf:
+            raise InputError(
+                f"temperature={self.temperature} must be 0 (the most likely token) or more"
+            )
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(f"top_k={self.top_k} must be 0 (all tokens) or more, and below 2**31")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p} is outside (0, 1]")
+        if not 0 <= self.seed < SEEDS:
+            raise InputError(f"seed={self.seed} is outside [0, 2**32)")
+
+    @property
+    def kind(self) -> str:
+        """GREEDY, FULL or TRUNCATED."""
+        if self.temperature == 0:
+            return GREEDY
+        return TRUNCATED if self.top_k or self.top_p < 1 else FULL
+
+    def numbers(self, vocabulary: int) -> Numbers:
+        """For a program, of a model whose ids below `vocabulary` mean something."""
+        # A temperature that float32 would round to 0 is not greedy: it must not divide by 0.
+        smallest = np.finfo(np.float32).tiny
+        temperature = np.float32(max(self.temperature, smallest) if self.temperature else 0)
+        return Numbers(
+            temperature,
+            np.int32(self.top_k),
+            np.float32(self.top_p),
+            np.uint32(self.seed),
+            np.int32(vocabulary),
+        )
 
 
-def next_tokens(logits_GBv: jax.Array, step: jax.Array, sampling: Sampling, kind: str) -> jax.Array:
+def next_tokens(logits_GBv: jax.Array, step: jax.Array, numbers: Numbers, kind: str) -> jax.Array:
     """int32 [B], equal on all devices of the `model` axis.
 
     Args:
       logits_GBv: float32, this device's part of the vocabulary in G groups.
       step: int32 scalar, how many tokens were drawn before for these rows.
-      sampling: its numbers, traced.
+      numbers: of `Sampling.numbers`, traced.
       kind: `Sampling.kind`, which is compiled in.
     """
+    logits_GBv = jnp.where(
+        loss.vocabulary_ids(logits_GBv) < numbers.vocabulary, logits_GBv, -jnp.inf
+    )
     if kind == GREEDY:
         return loss.most_likely(logits_GBv[:, :, None])[:, 0]
     parts_Bv = jnp.moveaxis(logits_GBv, 0, 1).reshape(logits_GBv.shape[1], -1)
     logits_BV = lax.all_gather(parts_Bv, "model", axis=1, tiled=True, to="invarying")
     # Differences are what counts, and those of the largest never overflow when divided.
-    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / sampling.temperature
-    if kind == ANY_TOKEN:
-        return jnp.argmax(logits_BV + _noise(logits_BV, step, sampling.seed), axis=-1)
-    # Likeliest first; of equals the lower id, as greedily.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / numbers.temperature
+    if kind == FULL:
+        return jnp.argmax(logits_BV + _noise(logits_BV, step, numbers.seed), axis=-1)
+    # Most likely first; of equals the lower id, as greedily.
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
     logits_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
     ranks = jnp.arange(logits_BV.shape[-1])
-    logits_BV = jnp.where((ranks < sampling.top_k) | (sampling.top_k == 0), logits_BV, -jnp.inf)
+    logits_BV = jnp.where((ranks < numbers.top_k) | (numbers.top_k == 0), logits_BV, -jnp.inf)
     probabilities = jax.nn.softmax(logits_BV, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    logits_BV = jnp.where((before < sampling.top_p) | (ranks == 0), logits_BV, -jnp.inf)
-    drawn = jnp.argmax(logits_BV + _noise(logits_BV, step, sampling.seed), axis=-1)
+    logits_BV = jnp.where((before < numbers.top_p) | (ranks == 0), logits_BV, -jnp.inf)
+    drawn = jnp.argmax(logits_BV + _noise(logits_BV, step, numbers.seed), axis=-1)
     return jnp.take_along_axis(order_BV, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 

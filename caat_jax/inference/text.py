@@ -8,6 +8,7 @@ from caat_jax.config.sections import Config
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.inference.generator import Generator
+from caat_jax.inference.sampling import Sampling
 
 # What tokenisers decode bytes to that are no UTF-8, perhaps for lack of those that follow.
 _NOT_UTF8 = "\N{REPLACEMENT CHARACTER}"
@@ -31,21 +32,20 @@ class TextGenerator:
         """
         model = restore_model(workdir, step, config)
         self._tokenizer = model.tokenizer
-        self._generator = Generator(model.config, model.mesh, model.parameters)
+        self._generator = Generator(
+            model.config, model.mesh, model.parameters, self._tokenizer.size
+        )
 
     def stream(
         self,
         prompts: list[str],
         *,
         max_new_tokens: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
+        sampling: Sampling,
     ) -> Iterator[tuple[int, str, bool]]:
         """(number of a prompt, what follows its text so far, whether that is all), as it comes.
 
-        Each prompt is taken for the begin of a document, and ends with the document.  The arguments
+        Each prompt starts a document, and ends with the document.  The arguments
         are those of `Generator.generate`, which raises `InputError` here at once.
         """
         tokenizer = self._tokenizer
@@ -53,10 +53,7 @@ class TextGenerator:
         steps = self._generator.stream(
             ids,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling=sampling,
             stop_ids=(tokenizer.eos_id,),
         )
         return _texts(steps, [Continuation(tokenizer, prompt) for prompt in ids])

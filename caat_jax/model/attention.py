@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash_lib
 from jax.sharding import PartitionSpec as P
 
 from caat_jax.config.architecture import Architecture
-from caat_jax.config.sections import Compute, cudnn_takes
+from caat_jax.config.sections import Compute, cudnn_supports
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 
@@ -44,7 +44,7 @@ def choose(arch: Architecture, compute: Compute, platform: str) -> str:
     if compute.attention == "auto":
         if platform == "tpu":
             return "splash"
-        return "cudnn" if platform == "gpu" and cudnn_takes(arch, compute) else "plain"
+        return "cudnn" if platform == "gpu" and cudnn_supports(arch, compute) else "plain"
     if compute.attention == "cudnn" and platform != "gpu":
         raise InputError(
             f"compute.attention=cudnn runs on NVIDIA GPUs, not on platform {platform!r}; give"
@@ -112,7 +112,7 @@ def cache_rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[3:])
 
 
-def to_cache(
+def attend_to_cache(
     query: jax.Array, key: jax.Array, value: jax.Array, visible_BC: jax.Array
 ) -> jax.Array:
     """Attention of one new position to the slots of a cache.
@@ -186,7 +186,7 @@ def splash(
         )
         return jax.vmap(one_sequence)(*heads)
 
-    attended = _unchecked(attend, *map(heads_first, (query, key, value)))
+    attended = _call_unchecked(attend, *map(heads_first, (query, key, value)))
     return jnp.swapaxes(attended[:, :, :T], 1, 2).reshape(query.shape)
 
 
@@ -201,7 +201,7 @@ def splash_blocks(length: int) -> tuple[int, int]:
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`plain` by cuDNN's flash attention, for the types and widths of `config.cudnn_takes`."""
+    """`plain` by cuDNN's flash attention, for the types and widths of `config.cudnn_supports`."""
     attended = jax.nn.dot_product_attention(
         *(x.reshape(-1, *x.shape[2:]) for x in (query, key, value)),
         is_causal=True,
@@ -218,12 +218,12 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _unchecked(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def _call_unchecked(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """`function` of arrays that vary over all mesh axes, as its result does; not checked inside."""
-    return _without_check(function, *arrays)
+    return _shard_map_unchecked(function, *arrays)
 
 
-def _without_check(function: Callable, *inputs: Any) -> Any:
+def _shard_map_unchecked(function: Callable, *inputs: Any) -> Any:
     def of_unmarked(*inputs: Any) -> Any:
         return function(*jax.tree.map(_unmarked, inputs))
 
@@ -236,10 +236,10 @@ def _unmarked(x: jax.Array) -> jax.Array:
     return lax.squeeze(lax.expand_dims(x, (0,)), (0,))
 
 
-_unchecked.defvjp(
+_call_unchecked.defvjp(
     # Output and pullback; the pullback is a pytree of arrays, the residuals.
-    lambda function, *arrays: _without_check(functools.partial(jax.vjp, function), *arrays),
-    lambda function, pullback, gradient: _without_check(
+    lambda function, *arrays: _shard_map_unchecked(functools.partial(jax.vjp, function), *arrays),
+    lambda function, pullback, gradient: _shard_map_unchecked(
         lambda pullback, gradient: pullback(gradient), pullback, gradient
     ),
 )

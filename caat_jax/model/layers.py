@@ -18,7 +18,9 @@ from flax import nnx
 from caat_jax.config.architecture import Architecture
 from caat_jax.model import partial_sync
 from caat_jax.model.attention import Attend
-from caat_jax.model.partial_sync import Factors, Grouping, Stream, Wire
+from caat_jax.model.norm_product import norm_and_project
+from caat_jax.model.partial_sync import Grouping, Stream, SublayerWeights
+from caat_jax.model.reductions import Wire
 from caat_jax.model.scopes import ATTENTION_SCOPE
 
 INITIAL_STD = 0.02
@@ -60,16 +62,20 @@ class Attention(nnx.Module):
         wire: Wire,
     ) -> Stream:
         """The streams after the sublayer; `rotation` is that of `rotary_angles`."""
-        factors = self.factors(stream.grouping, sync_width, stream.common.dtype)
-        query, key, value = query_key_value(stream, factors, rotation, self.arch)
+        weights = self.sublayer_weights(stream.grouping, sync_width, stream.common.dtype)
+        query, key, value = query_key_value(stream, weights, rotation, self.arch)
         with jax.named_scope(ATTENTION_SCOPE):
             attended = self.attend(query, key, value)
-        return add_attended(stream, attended, factors, wire)
+        return add_attended(stream, attended, weights, wire)
 
-    def factors(self, grouping: Grouping, sync_width: int, dtype: jnp.dtype) -> Factors:
+    def sublayer_weights(
+        self, grouping: Grouping, sync_width: int, dtype: jnp.dtype
+    ) -> SublayerWeights:
         """What is multiplied with; the columns of a group are query, key and value in turn."""
         inputs = (self.query, self.key, self.value)
-        return _factors(self.arch, self.norm, inputs, self.output, grouping, sync_width, dtype)
+        return _sublayer_weights(
+            self.arch, self.norm, inputs, self.output, grouping, sync_width, dtype
+        )
 
 
 class Mlp(nnx.Module):
@@ -85,23 +91,27 @@ class Mlp(nnx.Module):
 
     def __call__(self, stream: Stream, *, sync_width: int, wire: Wire) -> Stream:
         """The streams after the sublayer."""
-        factors = self.factors(stream.grouping, sync_width, stream.common.dtype)
-        return mlp(stream, factors, self.arch, wire)
+        weights = self.sublayer_weights(stream.grouping, sync_width, stream.common.dtype)
+        return mlp(stream, weights, self.arch, wire)
 
-    def factors(self, grouping: Grouping, sync_width: int, dtype: jnp.dtype) -> Factors:
+    def sublayer_weights(
+        self, grouping: Grouping, sync_width: int, dtype: jnp.dtype
+    ) -> SublayerWeights:
         """What is multiplied with; the columns of a group are gate and up in turn."""
         inputs = (self.gate, self.up)
-        return _factors(self.arch, self.norm, inputs, self.down, grouping, sync_width, dtype)
+        return _sublayer_weights(
+            self.arch, self.norm, inputs, self.down, grouping, sync_width, dtype
+        )
 
 
 def query_key_value(
     stream: Stream,
-    factors: Factors,
+    weights: SublayerWeights,
     rotation: tuple[jax.Array, jax.Array],
     arch: Architecture,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query [G, B, T, H, h], key and value [G, B, T, K, h]; query and key are rotated."""
-    projected = partial_sync.norm_and_project(stream, factors.inputs, epsilon=arch.norm_epsilon)
+    projected = norm_and_project(stream, weights.inputs, epsilon=arch.norm_epsilon)
     # A group has the same part of all query, key and value heads.
     columns = projected.shape[-1]
     keys = columns * arch.kv_heads // (arch.heads + 2 * arch.kv_heads)
@@ -112,19 +122,21 @@ def query_key_value(
     return rotate(query, rotation), rotate(key, rotation), value
 
 
-def add_attended(stream: Stream, attended: jax.Array, factors: Factors, wire: Wire) -> Stream:
+def add_attended(
+    stream: Stream, attended: jax.Array, weights: SublayerWeights, wire: Wire
+) -> Stream:
     """The streams after an attention sublayer whose heads gave `attended` [G, B, T, H, h]."""
     activations = attended.reshape(*attended.shape[:-2], -1)
-    return partial_sync.project_and_add(stream, activations, factors, wire)
+    return partial_sync.project_and_add(stream, activations, weights, wire)
 
 
-def mlp(stream: Stream, factors: Factors, arch: Architecture, wire: Wire) -> Stream:
+def mlp(stream: Stream, weights: SublayerWeights, arch: Architecture, wire: Wire) -> Stream:
     """The streams after an MLP sublayer."""
-    projected = partial_sync.norm_and_project(stream, factors.inputs, epsilon=arch.norm_epsilon)
-    return partial_sync.project_and_add(stream, swiglu(projected), factors, wire)
+    projected = norm_and_project(stream, weights.inputs, epsilon=arch.norm_epsilon)
+    return partial_sync.project_and_add(stream, swiglu(projected), weights, wire)
 
 
-def _factors(
+def _sublayer_weights(
     arch: Architecture,
     norm: nnx.Param,
     inputs: tuple[nnx.Param, ...],
@@ -132,7 +144,7 @@ def _factors(
     grouping: Grouping,
     sync_width: int,
     dtype: jnp.dtype,
-) -> Factors:
+) -> SublayerWeights:
     columns = [w[...].reshape(arch.embed_dim, grouping.groups, -1) for w in inputs]
     columns = partial_sync.scaled_columns(
         norm[...], jnp.concatenate(columns, axis=-1), grouping.common_width, dtype
@@ -143,7 +155,7 @@ def _factors(
         tp_shards=arch.tp_shards,
         dtype=dtype,
     )
-    return Factors(columns, *rows)
+    return SublayerWeights(columns, *rows)
 
 
 @jax.custom_vjp

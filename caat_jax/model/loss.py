@@ -35,7 +35,7 @@ def most_likely(logits_GBTv: jax.Array) -> jax.Array:
     """
     largest = lax.pmax(jnp.max(logits_GBTv, axis=(0, -1)), "model")
     no_id = jnp.iinfo(jnp.int32).max
-    ids = jnp.where(logits_GBTv == largest[..., None], _ids(logits_GBTv), no_id)
+    ids = jnp.where(logits_GBTv == largest[..., None], vocabulary_ids(logits_GBTv), no_id)
     return lax.pmin(jnp.min(ids, axis=(0, -1)), "model")
 
 
@@ -59,15 +59,15 @@ def _backward(residuals, gradient):
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return _ids(logits) == targets[..., None]
+    return vocabulary_ids(logits) == targets[..., None]
 
 
-def _ids(logits: jax.Array) -> jax.Array:
-    """int32 [G, 1, 1, v]: the id that each column of this device's logits belongs to."""
-    groups, _, _, columns = logits.shape
+def vocabulary_ids(logits: jax.Array) -> jax.Array:
+    """int32 [G, 1, …, v]: the id that each column of this device's logits [G, …, v] belongs to."""
+    groups, columns = logits.shape[0], logits.shape[-1]
     first = lax.axis_index("model") * groups * columns
     ids = first + jnp.arange(groups)[:, None] * columns + jnp.arange(columns)
-    return ids[:, None, None, :]
+    return jnp.expand_dims(ids, range(1, logits.ndim - 1))
 
 
 cross_entropy.defvjp(_forward, _backward)

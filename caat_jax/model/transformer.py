@@ -2,7 +2,7 @@
 
 Parameters have the global shapes of a dense Llama of the same size, whatever S, p and the mesh.
 The module's methods run inside `jax.shard_map` over the whole mesh, on this device's part of the
-parameters and of the batch; `train_step.py` shows how.
+parameters and of the batch; `caat_jax.training.step` shows how.
 
 Axis letters: B batch, T sequence, D residual width, V vocabulary, v this device's part of it in
 groups, G groups of shards on this device (`partial_sync.py`).
@@ -24,11 +24,13 @@ from caat_jax.devices import sharding
 from caat_jax.model import attention, partial_sync
 from caat_jax.model.attention import Attend
 from caat_jax.model.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
-from caat_jax.model.partial_sync import Stream, Wire
+from caat_jax.model.norm_product import norm_and_project
+from caat_jax.model.partial_sync import Stream
+from caat_jax.model.reductions import REDUCED, Wire, all_reduce, gather_channels
 from caat_jax.model.scopes import EMBEDDING, HEAD_AND_LOSS, LAYERS
 
 
-class LayerRun(NamedTuple):
+class LayerSpan(NamedTuple):
     """Layers that follow each other and have the same widths: they run as one loop."""
 
     first: int
@@ -36,13 +38,13 @@ class LayerRun(NamedTuple):
     sync_widths: tuple[int, int]  # D_s of attention and MLP
 
 
-def layer_runs(arch: Architecture) -> list[LayerRun]:
+def layer_spans(arch: Architecture) -> list[LayerSpan]:
     """All layers in order."""
-    runs, first = [], 0
+    spans, first = [], 0
     for widths, group in itertools.groupby(arch.sync_widths):
-        runs.append(LayerRun(first, first + len(list(group)), widths))
-        first = runs[-1].last
-    return runs
+        spans.append(LayerSpan(first, first + len(list(group)), widths))
+        first = spans[-1].last
+    return spans
 
 
 def smallest_sync_width(arch: Architecture) -> int:
@@ -56,9 +58,9 @@ def embed(table: jax.Array, tokens_BT: jax.Array, arch: Architecture, wire: Wire
         local_ids = tokens_BT - lax.axis_index("model") * table.shape[0]
         present = (local_ids >= 0) & (local_ids < table.shape[0])
         rows = look_up(table, jnp.where(present, local_ids, 0))
-        embedded = partial_sync.all_reduce(jnp.where(present[..., None], rows, 0), wire)
+        embedded = all_reduce(jnp.where(present[..., None], rows, 0), wire)
     else:  # a device has its part of the channels of every token
-        embedded = partial_sync.gather_channels(look_up(table, tokens_BT), wire)
+        embedded = gather_channels(look_up(table, tokens_BT), wire)
     local_shards = arch.tp_shards // lax.axis_size("model")
     return partial_sync.start(embedded, local_shards, smallest_sync_width(arch))
 
@@ -111,18 +113,18 @@ class Transformer(nnx.Module):
         positions = jnp.arange(stream.common.shape[1])
         rotation = rotary_angles(positions, arch)
         graph, stacked = nnx.split(self.layers)
-        for run in layer_runs(arch):
+        for span in layer_spans(arch):
             weights = stacked
-            if run.last - run.first < arch.layers:
-                weights = jax.tree.map(lambda w, run=run: w[run.first : run.last], stacked)
+            if span.last - span.first < arch.layers:
+                weights = jax.tree.map(lambda w, span=span: w[span.first : span.last], stacked)
 
-            def apply(stream, weights, widths=run.sync_widths):
+            def apply(stream, weights, widths=span.sync_widths):
                 layer = nnx.merge(graph, self._gathered_tree(weights))
                 stream = layer.attention(stream, rotation, sync_width=widths[0], wire=self.wire)
                 return layer.mlp(stream, sync_width=widths[1], wire=self.wire), None
 
             if self.remat:
-                policy = jax.checkpoint_policies.save_only_these_names(partial_sync.REDUCED)
+                policy = jax.checkpoint_policies.save_only_these_names(REDUCED)
                 apply = jax.checkpoint(apply, policy=policy)
             stream, _ = lax.scan(apply, stream, weights, unroll=1 if self.scan_layers else True)
         return stream
@@ -138,7 +140,7 @@ class Transformer(nnx.Module):
         columns = partial_sync.scaled_columns(
             self.final_norm[...], weights, common_width, self.dtype
         )
-        return partial_sync.norm_and_project(
+        return norm_and_project(
             stream, columns, epsilon=self.arch.norm_epsilon, out_dtype=jnp.float32
         )
 

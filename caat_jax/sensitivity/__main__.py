@@ -27,7 +27,7 @@ from caat_jax.sensitivity.budget_config import Plan
 from caat_jax.sensitivity.cuts import Sensitivity
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
-_CUT_TO = flags.DEFINE_list("cut_to", "0.75,0.5,0.25,0.0", "Factors to cut a sublayer to.")
+_CUT_TO = flags.DEFINE_list("cut_to", "0.75,0.5,0.25,0.0", "SublayerWeights to cut a sublayer to.")
 _SEQUENCES = flags.DEFINE_integer(
     "sequences",
     None,

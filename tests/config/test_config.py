@@ -346,8 +346,8 @@ def test_difference_names_the_fields():
     stored, given = resolved(), resolved(model__sync_factor=0.5, model__layers=2)
     differing = difference(stored, given)
     assert differing == [
-        "model.layers: 4 there, 2 asked for",
-        "model.sync_factors: 1.0 there, 0.5 asked for",
+        "model.layers: stored 4, requested 2",
+        "model.sync_factors: stored 1.0, requested 0.5",
     ]
 
 

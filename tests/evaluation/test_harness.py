@@ -20,6 +20,7 @@ from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.errors import InputError
 from caat_jax.evaluation.scoring import Scorer
+from caat_jax.inference.sampling import Sampling
 from tests import models, reference
 from tests.command_line import REPOSITORY
 
@@ -274,7 +275,7 @@ def test_generated_text_is_greedy_and_cut(workdir):
     assert [len(prompts) for prompts, *_ in fake.calls] == [2, 1]
     assert fake.calls[0][0] == [ids("the"), ids("number")]
     assert fake.calls[0][1:3] == (6, (EOS,))
-    assert fake.calls[0][3] == dict(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    assert fake.calls[0][3] == dict(sampling=Sampling())
 
     stop, longer = texts[0][3:5], texts[0][4:6]
     (cut,) = adapter.generate_until(
@@ -305,11 +306,7 @@ def test_generation_options():
     # Together they fit into 16 tokens, and one token of the prompt is left at least.
     assert calls[10][0] == [ids("three"), list(b" words")]
     assert calls[15][0] == [list(b"o")]
-    assert {name: calls[15][1][name] for name in sampled if name != "do_sample"} == {
-        "temperature": 0.5,
-        "top_k": 3,
-        "top_p": 0.9,
-    }
+    assert calls[15][1]["sampling"] == Sampling(0.5, top_k=3, top_p=0.9, seed=1)
     with pytest.raises(InputError, match="generation option num_beams"):
         adapter.generate_until(requests(("x", {"num_beams": 2})))
 

@@ -18,6 +18,7 @@ from caat_jax.inference import programs as inference_step
 from caat_jax.inference import sampling
 from caat_jax.inference.generator import Generator
 from caat_jax.inference.programs import InferencePrograms
+from caat_jax.inference.sampling import Sampling
 from caat_jax.training.step import DATA_AXES
 from tests import models, reference
 
@@ -112,7 +113,7 @@ def forced_logits(config, rows, lengths):
         stream, cache = programs._one_position(weights, cache, state)
         return programs._logits(weights, stream), cache
 
-    specs, caches, states = programs._weight_specs, programs._cache_specs, inference_step._STATE
+    specs, caches, states = programs._layout.specs, programs._cache_specs, inference_step._STATE
     prefill = jax.jit(
         programs._over_mesh(
             prefill, (specs, inference_step._TOKENS, inference_step._BATCH), (parts, caches)
@@ -202,13 +203,6 @@ def test_stream_gives_a_token_of_every_unfinished_prompt():
         ([[64]], {}, r"outside \[0, 64\)"),
         ([[-1]], {}, r"outside \[0, 64\)"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
-        ([[1]], dict(temperature=-1.0), "temperature=-1.0"),
-        ([[1]], dict(temperature=math.nan), "temperature=nan"),
-        ([[1]], dict(temperature=math.inf), "temperature=inf"),
-        ([[1]], dict(top_k=-1), "top_k=-1"),
-        ([[1]], dict(top_p=0.0), "top_p=0.0"),
-        ([[1]], dict(top_p=1.5), "top_p=1.5"),
-        ([[1]], dict(seed=-1), "seed=-1"),
     ],
     ids=str,
 )
@@ -221,20 +215,39 @@ def test_bad_arguments_are_refused_before_the_first_step(prompts, arguments, sai
 # ---- Sampling ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=math.nan), "temperature=nan"),
+        (dict(temperature=math.inf), "temperature=inf"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(seed=-1), "seed=-1"),
+    ],
+    ids=str,
+)
+def test_impossible_sampling_is_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        Sampling(**settings)
+
+
 def test_sampling_from_one_token_is_greedy():
     generator, prompts = generator_of(config_of(M=8, sync_factor=0.5)), prompts_of(LENGTHS)
     greedy = generator.generate(prompts, max_new_tokens=6)
     for choice in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-30)):
-        settings = dict(temperature=1.0) | choice
-        assert generator.generate(prompts, max_new_tokens=6, **settings) == greedy, choice
+        chosen = Sampling(**dict(temperature=1.0) | choice)
+        assert generator.generate(prompts, max_new_tokens=6, sampling=chosen) == greedy, choice
 
 
 def test_the_seed_decides_not_the_mesh():
     prompts = prompts_of(LENGTHS)
     meshes = [dict(model=8), dict(model=1), GROUPED]
-    settings = dict(max_new_tokens=6, temperature=1.5, top_k=20, top_p=0.9)
     texts = [
-        generator_of(config_of(mesh=mesh, sync_factor=0.5)).generate(prompts, seed=seed, **settings)
+        generator_of(config_of(mesh=mesh, sync_factor=0.5)).generate(
+            prompts, max_new_tokens=6, sampling=Sampling(1.5, top_k=20, top_p=0.9, seed=seed)
+        )
         for mesh in meshes
         for seed in (0, 1)
     ]
@@ -274,20 +287,20 @@ def test_tokens_are_drawn_from_the_distribution(settings, remaining):
     assert abs(equal - np.sum(probabilities**2)) < 0.04
 
 
-def draw(logits_V, rows, **settings):
+def draw(logits_V, rows, vocabulary=64, **settings):
     """One draw of each row, all of these logits, with the vocabulary over 8 devices."""
-    chosen = sampling.sampling(**dict(temperature=1.0, top_k=0, top_p=1.0, seed=0) | settings)
+    chosen = Sampling(**dict(temperature=1.0) | settings)
     mesh = models.programs(config_of(M=8)).mesh
     local = functools.partial(sampling.next_tokens, kind=chosen.kind)
     function = jax.jit(
         jax.shard_map(
-            lambda logits, chosen: local(logits, jnp.int32(3), chosen),
+            lambda logits, numbers: local(logits, jnp.int32(3), numbers),
             mesh=mesh,
             in_specs=(P(None, None, "model"), P()),
             out_specs=P(DATA_AXES),
         )
     )
-    return np.asarray(function(np.tile(logits_V, (1, rows, 1)), chosen))
+    return np.asarray(function(np.tile(logits_V, (1, rows, 1)), chosen.numbers(vocabulary)))
 
 
 def test_of_equal_logits_the_lowest_id_is_greedy():
@@ -295,6 +308,16 @@ def test_of_equal_logits_the_lowest_id_is_greedy():
     logits[[9, 41]] = 2
     assert (draw(logits, rows=2, temperature=0.0) == 9).all()
     assert (draw(logits, rows=2, top_k=1) == 9).all()
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0.0), {}, dict(top_k=8)], ids=str)
+def test_ids_that_pad_the_vocabulary_are_never_chosen(settings):
+    logits = np.zeros(64, np.float32)
+    logits[61:] = 9  # over two devices' parts
+    draws = draw(logits, rows=512, vocabulary=61, **settings)
+    assert draws.max() < 61
+    if not settings:
+        assert set(draws) == set(range(61))
 
 
 # ---- Programs ---------------------------------------------------------------------------------
@@ -310,9 +333,8 @@ def test_a_bucket_of_prompts_is_compiled_once():
     def compiled_after(*batches):
         for lengths in batches:
             for temperature in (0.5, 2.0):
-                generator.generate(
-                    prompts_of(lengths), max_new_tokens=15, temperature=temperature, seed=lengths[0]
-                )
+                chosen = Sampling(temperature, seed=lengths[0])
+                generator.generate(prompts_of(lengths), max_new_tokens=15, sampling=chosen)
         return programs.prefill._cache_size(), programs.decode._cache_size()
 
     assert compiled_after((3, 9), (16, 1), (12, 13)) == (1, 1)
@@ -397,7 +419,7 @@ def test_no_matrix_is_rearranged_for_a_token(p):
     """On one device with all shards, none goes into an instruction that transposes or copies."""
     config = config_of(M=1, sync_factor=p, scan_layers=False)
     compiled = generator_of(config).programs.trace_decode(4, 64).lower().compile().as_text()
-    assert re.search(r" fusion\(.*%weights_runs_1__mlp_inputs_", compiled)
+    assert re.search(r" fusion\(.*%weights_spans_1__mlp_inputs_", compiled)
     assert not re.search(r"%\S*(?:copy|transpose)\S* = .*\(.*%weights_(?:runs|head)", compiled)
 
 

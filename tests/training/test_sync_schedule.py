@@ -216,9 +216,9 @@ def test_finished_run_started_again_validates_its_last_function(make_config, fin
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"train.sync_schedule": ()}, "model.sync_factors: 1.0 there, 0.5 asked for"),
-        ({"train.sync_schedule": ((1, 1.0),)}, "1.0 there, 0.5 asked for"),
-        ({"train.sync_schedule": ((2, 0.75),)}, "1.0 there, 0.75 asked for"),
+        ({"train.sync_schedule": ()}, "model.sync_factors: stored 1.0, requested 0.5"),
+        ({"train.sync_schedule": ((1, 1.0),)}, "stored 1.0, requested 0.5"),
+        ({"train.sync_schedule": ((2, 0.75),)}, "stored 1.0, requested 0.75"),
     ],
     ids=str,
 )

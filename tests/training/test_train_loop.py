@@ -168,9 +168,9 @@ def test_old_checkpoints_are_deleted(make_config, finished):
         ({"train.global_batch": 16}, "global_batch was 8 and is now 16"),
         ({"data.sequence_length": 16}, "sequence_length was 32 and is now 16"),
         ({"data.holdout_every": 2}, "tokens was"),
-        ({"model.sync_factor": 1.0}, "model.sync_factors: 0.5 there, 1.0 asked for"),
-        ({"model.heads": 16, "model.kv_heads": 16}, "model.heads: 8 there, 16 asked for"),
-        ({"model.vocab_size": 272}, "model.vocab_size: 264 there, 272 asked for"),
+        ({"model.sync_factor": 1.0}, "model.sync_factors: stored 0.5, requested 1.0"),
+        ({"model.heads": 16, "model.kv_heads": 16}, "model.heads: stored 8, requested 16"),
+        ({"model.vocab_size": 272}, "model.vocab_size: stored 264, requested 272"),
     ],
     ids=lambda value: str(value)[:40],
 )
