@@ -64,7 +64,7 @@ def _pairs(lists: list[list[float]]) -> SyncFactors:
 
 
 def difference(stored: Any, given: Any, section: str = "") -> list[str]:
-    """The fields in which two `Config`, or one section of two, differ: `NAME: stored, requested`."""
+    """The fields in which two `Config`, or a section of each, differ: `NAME: stored, requested`."""
     differing = []
     for field in dataclasses.fields(stored):
         name = section + field.name

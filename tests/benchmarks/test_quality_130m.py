@@ -166,7 +166,7 @@ def test_refused(run, tmp_path, arguments, said):
     ("arguments", "said"),
     [
         (["--steps=1"], "--steps=1 must be"),
-        (["--config.optimizer.beta1=0.5"], "optimizer.beta1: 0.9 there, 0.5 asked for"),
+        (["--config.optimizer.beta1=0.5"], "optimizer.beta1: stored 0.9, requested 0.5"),
     ],
     ids=str,
 )

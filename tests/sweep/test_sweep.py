@@ -115,7 +115,7 @@ def test_results_are_those_of_the_runs(done):
 
 def test_another_configuration_in_the_same_folder(done, place):
     result = Sweep(place, "--workdir=done", "--config.run.train.steps=7").result()
-    assert_refused(result, NAMES[0], "train.steps: 6 there, 7 asked for", "--workdir")
+    assert_refused(result, NAMES[0], "train.steps: stored 6, requested 7", "--workdir")
 
 
 def test_failed_run_is_named_and_the_others_are_done(place):
