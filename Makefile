@@ -1,4 +1,5 @@
-# Every target sets up what it needs in .venv first: only Python 3.11 or later and make are assumed.
+# Every target sets up what it needs first: only Python 3.11 or later, make and a C compiler are
+# assumed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,18 +7,25 @@ CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 # Two at a time, each with files of its own: most of a test is compiling, which one thread does.
-PYTEST := $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
-INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+PYTEST := bin/python -m pytest --numprocesses=2 --dist=loadfile
+INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
+# A lock is complete; were it to resolve dependencies again, older pips would meet newer releases.
+INSTALL_LOCK := $(INSTALL) --no-deps --require-hashes
+# The ranges of what the tests need; the requirements for GPUs need a GPU, and are left out.
+RANGES := requirements.txt requirements-tpu.txt requirements-eval.txt \
+    requirements-huggingface.txt requirements-dev.txt
 
-.PHONY: help train test test-slow lint format
+.PHONY: help train test test-slow test-newest lock lint format
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train       train the small model on this machine; add flags with ARGS=--config.x.y=z"
-	@echo "make test        ruff, then the tests that are not slow"
-	@echo "make test-slow   the slow tests"
-	@echo "make lint        ruff: rules and format"
-	@echo "make format      let ruff format the code and mend what it can"
+	@echo "make train        train the small model on this machine; add flags with ARGS=--config.x.y=z"
+	@echo "make test         ruff, then the tests that are not slow"
+	@echo "make test-slow    the slow tests"
+	@echo "make test-newest  make test with the newest releases that requirements*.txt admit"
+	@echo "make lock         write the newest releases into requirements*.lock"
+	@echo "make lint         ruff: rules and format"
+	@echo "make format       let ruff format the code and fix what it can"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python that $(VENV) is made of (default: python3)."
 
@@ -26,10 +34,10 @@ train: $(RUNTIME)
 
 test: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(VENV)/$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(DEVELOPMENT)
-	$(PYTEST) -m slow $(ARGS)
+	$(VENV)/$(PYTEST) -m slow $(ARGS)
 
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .
@@ -39,8 +47,30 @@ format: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Stamp files: what is older than a requirements file is installed again.  A .venv that somebody
-# made by hand is used as it is; pip is the last thing venv writes, so one without it is half made.
+# What somebody who installs by hand gets today, in a virtual environment of its own.
+test-newest:
+	@$(MAKE) --no-print-directory VENV=.venv-newest .venv-newest/.created
+	@echo "Installing the newest releases into .venv-newest"
+	@.venv-newest/$(INSTALL) --upgrade --upgrade-strategy=eager $(RANGES:%=-r %)
+	.venv-newest/bin/ruff check .
+	.venv-newest/$(PYTEST) -m "not slow" $(ARGS)
+
+# One version of each package for all Pythons and platforms (fewest), so that what was tested
+# together on one is what the others install.
+COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version=3.11 \
+    --fork-strategy=fewest --generate-hashes --no-emit-index-url --annotation-style=line \
+    --custom-compile-command="make lock"
+
+lock:
+	@$(MAKE) --no-print-directory VENV=.venv-lock .venv-lock/.created
+	@.venv-lock/$(INSTALL) uv==0.13.9
+	$(COMPILE) --constraints=requirements-torch.lock --no-emit-package=torch \
+	    --output-file=requirements-dev.lock $(RANGES)
+	$(COMPILE) --constraints=requirements-dev.lock \
+	    --output-file=requirements.lock requirements.txt
+
+# Stamp files: what is older than a lock is installed again.  A .venv that somebody made by hand is
+# used as it is; pip is the last thing venv writes, so one without it is incomplete.
 $(CREATED):
 	@command -v "$(PYTHON)" >/dev/null || \
 	    { echo "error: there is no $(PYTHON); name one: make PYTHON=/path/to/python3" >&2; exit 2; }
@@ -53,14 +83,15 @@ $(CREATED):
 	@test -x $(VENV)/bin/pip || "$(PYTHON)" -m venv --clear $(VENV)
 	@touch $@
 
-$(RUNTIME): requirements.txt $(CREATED)
+$(RUNTIME): requirements.lock $(CREATED)
 	@echo "Installing into $(VENV) (once, about a minute)"
-	@$(INSTALL) -r requirements.txt
+	@$(VENV)/$(INSTALL_LOCK) -r requirements.lock
 	@touch $@
 
-# Holds the runtime requirements too, so that stamp is written as well.
-$(DEVELOPMENT): requirements-dev.txt requirements-tpu.txt requirements-eval.txt requirements.txt \
-    $(CREATED)
-	@echo "Installing into $(VENV), with what the tests need (once, about a minute)"
-	@$(INSTALL) -r requirements-dev.txt
+# The second lock holds the first, so that stamp is written as well.  PyTorch comes last and
+# without hashes, for the reason in its file.
+$(DEVELOPMENT): requirements-dev.lock requirements-torch.lock $(CREATED)
+	@echo "Installing into $(VENV), with what the tests need (once, a few minutes)"
+	@$(VENV)/$(INSTALL_LOCK) -r requirements-dev.lock
+	@$(VENV)/$(INSTALL) -r requirements-torch.lock
 	@touch $(RUNTIME) $@

@@ -1,73 +1,182 @@
-"""What the code imports is in the requirements, which a machine that has more would not notice."""
+"""Requirements, locks and the package: what a machine that has more installed would not notice."""
 
 import ast
+import functools
+import shutil
+import subprocess
 import sys
+import tomllib
+import zipfile
 from collections.abc import Iterable
+from email.parser import Parser
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"caat_jax", "configs", "tests", "benchmarks"}
+RUNTIME = "requirements.txt"
+FILES = sorted(path.name for path in ROOT.glob("requirements*.txt"))
+PYTORCH_LOCK = "requirements-torch.lock"
 # Copied beside exported weights; nothing here imports it but `transformers`, in tests.
 EXPORTED = ROOT / "caat_jax/huggingface/exported_code"
-NEEDS_LM_EVAL = ROOT / "caat_jax/evaluation/harness.py"  # the one module that does
+HARNESS = ROOT / "caat_jax/evaluation/harness.py"
 
 
-def requirements(name: str) -> set[str]:
-    """The distributions a requirements file names, those of the files it includes too."""
-    names = set()
-    for line in (ROOT / name).read_text().splitlines():
-        line = line.partition("#")[0].strip()
-        if line.startswith("-r "):
-            names |= requirements(line.removeprefix("-r "))
-        elif line:
-            names.add(normal(line.partition(">=")[0]))
-    return names
+def requirements(*files: str) -> list[tuple[Requirement, str]]:
+    """Each requirement of these files, with the comment on its line."""
+    rows = [
+        line.partition("#") for file in files for line in (ROOT / file).read_text().splitlines()
+    ]
+    return [(Requirement(text), comment.strip()) for text, _, comment in rows if text.strip()]
 
 
-def normal(distribution: str) -> str:
-    return distribution.lower().replace("_", "-")
+def pins(lock: str) -> dict[str, Requirement]:
+    """The pinned requirements of a lock, by canonical name."""
+    lines = (ROOT / lock).read_text().splitlines()
+    pinned = [
+        Requirement(line.partition(" #")[0].removesuffix("\\"))
+        for line in lines
+        if line[:1] not in ("", " ", "#")
+    ]
+    assert len({pin.name for pin in pinned}) == len(pinned), "one version for all platforms"
+    return {canonicalize_name(pin.name): pin for pin in pinned}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
-    """The packages that importing the module needs; an import in a function may be optional."""
+    """The distributions' packages that a module imports, inside functions too."""
     names = set()
-    for statement in ast.parse(path.read_text()).body:
-        if isinstance(statement, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in statement.names}
-        elif isinstance(statement, ast.ImportFrom) and not statement.level:
-            names.add(statement.module.partition(".")[0])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
     return names - OURS - set(sys.stdlib_module_names)
 
 
-def missing(file: str, paths: Iterable[Path]) -> list[str]:
-    """What these modules import and the requirements file does not name."""
-    distributions = packages_distributions()
-    required = requirements(file)
+DISTRIBUTIONS = packages_distributions()  # reads the file lists of all that is installed
+
+
+def distributions(package: str) -> set[str]:
+    return {canonicalize_name(name) for name in DISTRIBUTIONS.get(package, [package])}
+
+
+def modules(*patterns: str) -> set[Path]:
+    return {path for pattern in patterns for path in ROOT.glob(pattern)}
+
+
+def missing(paths: Iterable[Path], *files: str) -> list[str]:
+    """What these modules import and the requirements files do not name."""
+    required = {canonicalize_name(requirement.name) for requirement, _ in requirements(*files)}
     return sorted(
-        f"{path.relative_to(ROOT)}: {package} is not in {file}"
+        f"{path.relative_to(ROOT)}: {package} is not in {', '.join(files)}"
         for path in paths
         for package in imported(path)
-        if required.isdisjoint(map(normal, distributions.get(package, [package])))
+        if required.isdisjoint(distributions(package))
     )
 
 
+def test_what_the_package_imports_is_required():
+    paths = modules("*.py", "caat_jax/**/*.py", "configs/*.py")
+    assert missing(paths - {HARNESS} - set(EXPORTED.iterdir()), RUNTIME) == []
+
+
+def test_what_the_harness_imports_is_required():
+    pytest.importorskip("lm_eval")
+    assert missing([HARNESS], RUNTIME, "requirements-eval.txt") == []
+
+
+def test_what_tests_and_benchmarks_import_is_required():
+    paths = modules("tests/**/*.py", "benchmarks/*.py", "caat_jax/huggingface/exported_code/*.py")
+    assert missing(paths, *FILES) == []
+
+
+def test_what_is_required_is_imported_or_has_a_reason():
+    paths = modules("*.py", "caat_jax/**/*.py", "configs/*.py", "benchmarks/*.py", "tests/**/*.py")
+    packages = set().union(*map(imported, paths))
+    known = set().union(*map(distributions, packages))
+    unexplained = [
+        requirement.name
+        for requirement, reason in requirements(*FILES)
+        if canonicalize_name(requirement.name) not in known and not reason
+    ]
+    assert unexplained == []
+
+
 @pytest.mark.parametrize(
-    "file, folders",
+    "lock, files",
     [
-        ("requirements.txt", ("*.py", "caat_jax/**/*.py", "configs/*.py", "benchmarks/*.py")),
-        ("requirements-dev.txt", ("tests/**/*.py", "caat_jax/huggingface/exported_code/*.py")),
+        ("requirements.lock", [RUNTIME]),
+        ("requirements-dev.lock", [file for file in FILES if file != "requirements-gpu.txt"]),
     ],
 )
-def test_imports_are_required(file, folders):
-    paths = {path for folder in folders for path in ROOT.glob(folder)} - {NEEDS_LM_EVAL}
-    if file == "requirements.txt":
-        paths = {path for path in paths if EXPORTED not in path.parents}
-    assert missing(file, paths) == []
+def test_locked_versions_are_within_the_ranges(lock, files):
+    locked = pins(lock) | pins(PYTORCH_LOCK)
+    for requirement, _ in requirements(*files):
+        (pin,) = locked[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
 
 
-def test_imports_of_the_harness_are_required():
-    pytest.importorskip("lm_eval")
-    assert missing("requirements-eval.txt", [NEEDS_LM_EVAL]) == []
+def test_both_locks_hold_the_same_versions():
+    runtime, development = pins("requirements.lock"), pins("requirements-dev.lock")
+    for name, pin in runtime.items():
+        assert development[name].specifier == pin.specifier, name
+
+
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-dev.lock"])
+def test_every_locked_version_has_hashes_and_no_address(lock):
+    text = (ROOT / lock).read_text()
+    assert "://" not in text
+    for entry in text.replace("\\\n", "").splitlines():
+        assert entry[:1] in ("#", " ", "") or "--hash=sha256:" in entry, entry
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The package as `pip install` builds it."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in ("caat_jax", "configs"):
+        shutil.copytree(
+            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for file in ("pyproject.toml", "README.md", "LICENSE", *FILES):
+        shutil.copy(ROOT / file, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    return zipfile.ZipFile(next(source.glob("*.whl")))
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel):
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules("caat_jax/**/*", "configs/**/*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_wheel_requires_what_the_files_name(wheel):
+    (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(path).decode())
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    extras = setuptools["dynamic"]["optional-dependencies"]
+    assert {file for extra in extras.values() for file in extra["file"]} == set(FILES) - {RUNTIME}
+    required = {None: [RUNTIME]} | {name: extra["file"] for name, extra in extras.items()}
+    expected = {
+        (extra, requirement.name, str(requirement.specifier))
+        for extra, files in required.items()
+        for requirement, _ in requirements(*files)
+    }
+    described = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    stated = {
+        (extra, requirement.name, str(requirement.specifier))
+        for requirement in described
+        for extra in required
+        if f'extra == "{extra}"' in str(requirement.marker)
+        or (extra is None and "extra" not in str(requirement.marker))
+    }
+    assert stated == expected

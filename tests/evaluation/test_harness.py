@@ -110,9 +110,7 @@ def local_tasks(tasks, monkeypatch):
     """Indexing the 14,000 tasks that the harness brings takes seconds; these are enough."""
     manager = functools.partial(harness.TaskManager, include_defaults=False)
     monkeypatch.setattr(harness, "TaskManager", manager)
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tasks / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tasks / "cache")
 
 
 def options(folder, *names, **given):
