@@ -1,6 +1,9 @@
 """What `transformers` computes, and what an import of it or an export to it computes."""
 
+import os
+import subprocess
 import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -13,6 +16,9 @@ from tests.huggingface.folders_by_hand import ROWS, SIZES, assert_close, do, our
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from tests.huggingface import exported_caat_net  # noqa: E402  (imports both)
+from tests.huggingface.exported_caat_net import load, logits_of  # noqa: E402
 
 LLAMA3 = dict(
     rope_type="llama3",
@@ -52,20 +58,7 @@ def llama(request, tmp_path_factory):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    return folder, logits_of(model)
-
-
-def logits_of(model, rows=ROWS):
-    with torch.no_grad():
-        return model(torch.tensor(rows, dtype=torch.long)).logits.float().numpy()
-
-
-def load(folder):
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
-    assert not any(report.values()), report
-    return model.eval()
+    return folder, logits_of(model, ROWS)
 
 
 def test_llama_there_and_back(llama, tmp_path, capsys):
@@ -77,7 +70,7 @@ def test_llama_there_and_back(llama, tmp_path, capsys):
     assert_same_tensors(tmp_path / "back", source)
     back = load(tmp_path / "back")
     assert isinstance(back, transformers.LlamaForCausalLM)
-    np.testing.assert_array_equal(logits_of(back), expected)
+    np.testing.assert_array_equal(logits_of(back, ROWS), expected)
 
 
 def assert_same_tensors(folder, source):
@@ -95,7 +88,7 @@ def test_shorter_types_and_several_files(tmp_path, capsys, dtype):
     do(capsys, "import", tmp_path / "source", tmp_path / "run")
     do(capsys, "export", tmp_path / "run", tmp_path / "back", f"--dtype={dtype}")
     assert_same_tensors(tmp_path / "back", tmp_path / "whole")
-    assert_close(our_logits(tmp_path / "run")[0], logits_of(model.float()))
+    assert_close(our_logits(tmp_path / "run")[0], logits_of(model.float(), ROWS))
 
 
 # ---- CAAT-Nets --------------------------------------------------------------------------------
@@ -137,43 +130,53 @@ def exported(caat_net, tmp_path_factory):
 
 
 def test_caat_net_has_our_logits_and_loss(caat_net, exported):
-    expected, expected_loss = our_logits(caat_net)
-    assert_close(logits_of(exported), expected)
-    labels = torch.tensor(ROWS, dtype=torch.long)
-    with torch.no_grad():
-        loss = exported(labels, labels=labels).loss
-    assert loss.item() == pytest.approx(expected_loss, abs=1e-5)
+    exported_caat_net.check_logits_and_loss(exported, ROWS, *our_logits(caat_net))
 
 
 def test_caat_net_generates(exported):
-    """With a cache or without; and prompts that are filled up on the left."""
-    prompt = torch.tensor(ROWS[:, :5], dtype=torch.long)
-    settings = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    tokens = prompt
-    for _ in range(8):  # no generate, no cache
-        following = logits_of(exported, tokens.numpy())[:, -1].argmax(axis=-1)
-        tokens = torch.cat([tokens, torch.tensor(following)[:, None]], dim=1)
-    mask = torch.ones_like(prompt)
-    for use_cache in (True, False):
-        found = exported.generate(prompt, attention_mask=mask, use_cache=use_cache, **settings)
-        assert found.tolist() == tokens.tolist()
-    padded, mask = (torch.nn.functional.pad(x, (3, 0)) for x in (prompt, mask))
-    found = exported.generate(padded, attention_mask=mask, **settings)
-    assert found[:, 3:].tolist() == tokens.tolist()
+    exported_caat_net.check_generation(exported, ROWS)
 
 
-def test_caat_net_keeps_only_the_logits_asked_for(exported):
-    ids = torch.tensor(ROWS, dtype=torch.long)
-    with torch.no_grad():
-        whole = exported(ids).logits
-        torch.testing.assert_close(exported(ids, logits_to_keep=2).logits, whole[:, -2:])
-        some = torch.tensor([1, 4])
-        torch.testing.assert_close(exported(ids, logits_to_keep=some).logits, whole[:, some])
+def test_caat_net_takes_arguments_by_all_their_names_and_no_others(exported):
+    exported_caat_net.check_arguments(exported, ROWS)
 
 
 def test_caat_net_saved_by_transformers_is_the_same(exported, tmp_path):
-    exported.save_pretrained(tmp_path / "again")
-    np.testing.assert_array_equal(logits_of(load(tmp_path / "again")), logits_of(exported))
+    exported_caat_net.check_saved(exported, ROWS, tmp_path / "again")
+
+
+@pytest.fixture(scope="module", params=["4.57.6", "5.23.0", "newest"])
+def python_with_release(request):
+    """(release, Python) of an environment with that `transformers` over this one's packages.
+
+    It stays for later sessions of pytest.
+    """
+    folder = request.config.cache.mkdir(f"transformers-{request.param}")
+    python, installed = folder / "bin/python", folder / "installed"
+    if not installed.exists() or request.param == "newest":
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        (site_packages,) = folder.glob("lib/python*/site-packages")
+        (site_packages / "below.pth").write_text(sysconfig.get_paths()["purelib"])
+        what = "transformers" + ("" if request.param == "newest" else f"=={request.param}")
+        pip = [python, "-m", "pip", "install", "--quiet", "--upgrade", what]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{what} cannot be installed: {done.stderr.strip()[-200:]}")
+        installed.touch()
+    return request.param, python
+
+
+@pytest.mark.slow
+def test_caat_net_in_releases_of_transformers(caat_net, python_with_release, tmp_path):
+    release, python = python_with_release
+    assert command.main(["export", str(caat_net), str(tmp_path / "model")]) == 0
+    logits, loss = our_logits(caat_net)
+    np.savez(tmp_path / "expected.npz", rows=ROWS, logits=logits, loss=loss)
+    arguments = [exported_caat_net.__file__, tmp_path / "model", tmp_path / "expected.npz"]
+    variables = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([python, *arguments], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert release == "newest" or f"transformers {release}:" in done.stdout
 
 
 def test_import_below_one_is_a_caat_net(tmp_path, capsys):
@@ -188,5 +191,5 @@ def test_import_below_one_is_a_caat_net(tmp_path, capsys):
     do(capsys, "export", tmp_path / "run", tmp_path / "back")
     assert_same_tensors(tmp_path / "back", tmp_path / "source")
     ours = our_logits(tmp_path / "run", M=2)[0]
-    assert_close(logits_of(load(tmp_path / "back")), ours)
-    assert np.abs(ours - logits_of(model)).max() > 0.1
+    assert_close(logits_of(load(tmp_path / "back"), ROWS), ours)
+    assert np.abs(ours - logits_of(model, ROWS)).max() > 0.1
