@@ -1,8 +1,8 @@
 """What an exported CAAT-Net must do in `transformers`; runs in any environment that has it.
 
-    python tests/huggingface/exported_caat_net.py FOLDER EXPECTED
+    python tests/huggingface/exported_caat_net.py FOLDER...
 
-EXPECTED is an .npz: rows [B, T] of tokens, our logits [B, T, V] of them and our loss.
+Beside each FOLDER lies FOLDER.npz: rows [B, T] of tokens, our logits [B, T, V] and our loss.
 """
 
 import sys
@@ -83,16 +83,17 @@ def check_saved(model, rows, folder):
     np.testing.assert_array_equal(logits_of(load(folder), rows), logits_of(model, rows))
 
 
-def main(folder, expected):
+def main(*folders):
     transformers.logging.set_verbosity_error()
-    stored = np.load(expected)
-    rows, model = stored["rows"], load(folder)
-    check_logits_and_loss(model, rows, stored["logits"], stored["loss"])
-    check_generation(model, rows)
-    check_arguments(model, rows)
-    with tempfile.TemporaryDirectory() as again:
-        check_saved(model, rows, again)
-    print(f"transformers {transformers.__version__}: as it must be")
+    for folder in folders:
+        stored = np.load(f"{folder}.npz")
+        rows, model = stored["rows"], load(folder)
+        check_logits_and_loss(model, rows, stored["logits"], stored["loss"])
+        check_generation(model, rows)
+        check_arguments(model, rows)
+        with tempfile.TemporaryDirectory() as again:
+            check_saved(model, rows, again)
+        print(f"{folder} in transformers {transformers.__version__}: as it must be")
 
 
 if __name__ == "__main__":

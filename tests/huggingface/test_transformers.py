@@ -108,18 +108,24 @@ CAAT_NETS = {
 }
 
 
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Of each of the nets, a run's folder with random weights."""
+    folder = tmp_path_factory.mktemp("caat_nets")
+    for name, fields in CAAT_NETS.items():
+        config = models.small_config(model=fields)
+        programs = models.programs(config)
+        names = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
+        sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
+        parameters = models.on_mesh(programs, reference.random_parameters(7, **sizes))
+        with Checkpoints(folder / name) as checkpoints:
+            checkpoints.save(programs.fresh_state(parameters), 3, config, NOTHING_READ)
+    return folder
+
+
 @pytest.fixture(scope="module", params=CAAT_NETS)
-def caat_net(request, tmp_path_factory):
-    """A run's folder with random weights."""
-    config = models.small_config(model=CAAT_NETS[request.param])
-    programs = models.programs(config)
-    names = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
-    sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
-    parameters = models.on_mesh(programs, reference.random_parameters(7, **sizes))
-    workdir = tmp_path_factory.mktemp("caat_net") / "run"
-    with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(programs.fresh_state(parameters), 3, config, NOTHING_READ)
-    return workdir
+def caat_net(request, workdirs):
+    return workdirs / request.param
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +173,17 @@ def python_with_release(request):
 
 
 @pytest.mark.slow
-def test_caat_net_in_releases_of_transformers(caat_net, python_with_release, tmp_path):
+def test_caat_nets_in_releases_of_transformers(workdirs, python_with_release, tmp_path):
     release, python = python_with_release
-    assert command.main(["export", str(caat_net), str(tmp_path / "model")]) == 0
-    logits, loss = our_logits(caat_net)
-    np.savez(tmp_path / "expected.npz", rows=ROWS, logits=logits, loss=loss)
-    arguments = [exported_caat_net.__file__, tmp_path / "model", tmp_path / "expected.npz"]
+    for name in CAAT_NETS:
+        assert command.main(["export", str(workdirs / name), str(tmp_path / name)]) == 0
+        logits, loss = our_logits(workdirs / name)
+        np.savez(tmp_path / f"{name}.npz", rows=ROWS, logits=logits, loss=loss)
+    arguments = [exported_caat_net.__file__, *(tmp_path / name for name in CAAT_NETS)]
     variables = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run([python, *arguments], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": as it must be") == len(CAAT_NETS)
     assert release == "newest" or f"transformers {release}:" in done.stdout
 
 
