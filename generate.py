@@ -15,6 +15,7 @@ from absl import flags
 
 from caat_jax import command_line
 from caat_jax.checkpoints import checkpoints
+from caat_jax.checkpoints.trained import restore_model
 from caat_jax.config import user_paths
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
@@ -44,7 +45,7 @@ def main() -> None:
     processes.start()
     step, config = checkpoints.newest_config(workdir)
     command_line.simulate_devices(config.mesh)
-    generator = text.TextGenerator(workdir, step, config)
+    generator = text.TextGenerator(restore_model(workdir, step, config))
     pieces = generator.stream(prompts, max_new_tokens=_MAX_NEW_TOKENS.value, sampling=sampling)
     # Whatever the terminal is set to: a character that it cannot show must not end the program.
     sys.stdout.reconfigure(encoding="utf-8")

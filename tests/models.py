@@ -1,7 +1,6 @@
 """Small configurations, and what a model computes on a mesh of the simulated devices."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from caat_jax.config.resolve import resolve
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding
 from caat_jax.training import loop
-from caat_jax.training.step import DATA_AXES, Programs
+from caat_jax.training.step import Programs
 from configs import base
 
 needs_libtpu = pytest.mark.skipif(
@@ -96,45 +95,34 @@ def loss_gradients_and_logits(
     gradients_of = programs._shard_map(
         programs._loss_and_gradients, out_specs=(P(), programs.blueprint.specs)
     )
-    logits_of = _logits_of(programs)
 
     @jax.jit  # one program of both: they share the forward pass, and compiling is what takes time
     def both(parameters: Any, rows: jax.Array) -> Any:
-        return *gradients_of(parameters, rows), logits_of(parameters, rows)
+        return *gradients_of(parameters, rows), programs.logits_step(parameters, inputs(rows))
 
-    loss, gradients, parts_GBTv = jax.tree.map(
-        np.asarray, both(on_mesh(programs, parameters), rows)
-    )
-    return float(loss), gradients, _whole(parts_GBTv)
+    loss, gradients, logits = jax.tree.map(np.asarray, both(on_mesh(programs, parameters), rows))
+    return float(loss), gradients, logits
 
 
 def loss_and_logits(
     programs: Programs, parameters: Any, rows: np.ndarray
 ) -> tuple[float, np.ndarray]:
     """The mean loss and the logits alone: a program that compiles sooner."""
-    logits_of = _logits_of(programs)
 
     @jax.jit
     def both(parameters: Any, rows: jax.Array) -> Any:
-        return programs.eval_step(parameters, rows), logits_of(parameters, rows)
+        return (
+            programs.eval_step(parameters, rows),
+            programs.logits_step(parameters, inputs(rows)),
+        )
 
-    (loss_sum, count), parts_GBTv = jax.tree.map(
-        np.asarray, both(on_mesh(programs, parameters), rows)
-    )
-    return float(loss_sum / count), _whole(parts_GBTv)
-
-
-def _logits_of(programs: Programs) -> Callable[[Any, jax.Array], jax.Array]:
-    def local_logits(parameters: Any, rows: jax.Array) -> jax.Array:
-        varying = sharding.mark_varying(parameters, programs.blueprint.specs)
-        return programs.blueprint.bind(varying)(jnp.maximum(rows[:, :-1], 0))
-
-    return programs._shard_map(local_logits, out_specs=P("model", DATA_AXES))
+    (loss_sum, count), logits = jax.tree.map(np.asarray, both(on_mesh(programs, parameters), rows))
+    return float(loss_sum / count), logits
 
 
-def _whole(parts_GBTv: np.ndarray) -> np.ndarray:
-    _, batch, length, _ = parts_GBTv.shape
-    return np.moveaxis(parts_GBTv, 0, 2).reshape(batch, length, -1)
+def inputs(rows: jax.Array) -> jax.Array:
+    """Tokens [B, T] that rows [B, T + 1] are predicted from, padding replaced."""
+    return jnp.maximum(rows[:, :-1], 0)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

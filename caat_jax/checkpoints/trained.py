@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from caat_jax.checkpoints.checkpoints import Checkpoints
@@ -24,7 +25,7 @@ class TrainedModel:
     step: int
     config: Config  # the checkpoint's, the mesh worked out
     mesh: Mesh
-    parameters: Any  # nested dictionary, float32, laid out for the mesh
+    parameters: Any  # nested dictionary, laid out for the mesh; matrices in the compute type
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -62,5 +63,8 @@ def restore_model(
     mesh = sharding.create_mesh(config.mesh, devices)
     blueprint = Blueprint(config.model, config.compute, sharding.platform(mesh))
     with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, blueprint.on_mesh(mesh))
+        # Every program casts matrices to the compute type before anything else: read so, they never
+        # take the memory of float32.
+        shapes = blueprint.on_mesh(mesh, jnp.dtype(config.compute.dtype))
+        parameters = checkpoints.restore_parameters(step, shapes)
     return TrainedModel(step, config, mesh, parameters)

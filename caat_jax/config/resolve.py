@@ -62,7 +62,7 @@ def resolve(config: ConfigDict) -> Config:
     _check_data(data)
     at_least("seed", config.seed, 0)
     mesh = MeshConfig(**config.mesh)
-    _check_mesh(mesh, model.tp_shards)
+    check_mesh(mesh, model.tp_shards)
     return Config(
         seed=config.seed,
         model=model,
@@ -157,7 +157,12 @@ def _compute(fields: dict[str, Any], model: Architecture) -> Compute:
     return compute
 
 
-def _check_mesh(mesh: MeshConfig, tp_shards: int) -> None:
+def check_mesh(mesh: MeshConfig, tp_shards: int) -> None:
+    """Refuses sizes that no number of devices makes possible.
+
+    Raises:
+      InputError: naming the size and what is allowed.
+    """
     for axis in ("data", "fsdp", "model"):
         size = getattr(mesh, axis)
         if size != -1 and size < 1:

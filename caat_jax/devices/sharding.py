@@ -28,6 +28,7 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "sequence": (),
     "shards": ("model",),  # one residual stream for every tensor-parallel shard
+    "residual": (),  # its D channels
     # parameters
     "layers": (),
     "vocab": ("model",),

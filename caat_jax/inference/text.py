@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from caat_jax.checkpoints.trained import restore_model
-from caat_jax.config.sections import Config
+from caat_jax.checkpoints.trained import TrainedModel
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.inference.generator import Generator
@@ -19,18 +18,12 @@ _LONGEST_UNFINISHED = 3
 class TextGenerator:
     """Continues texts with the model of one checkpoint."""
 
-    def __init__(self, workdir: Path, step: int, config: Config):
-        """Loads the parameters onto this machine's devices, whatever they were trained on.
-
-        Args:
-          workdir: the folder that train.py wrote.
-          step: of the checkpoint.
-          config: the checkpoint's.
+    def __init__(self, model: TrainedModel):
+        """Lays out the weights for inference.
 
         Raises:
-          InputError: the devices or the tokeniser do not fit the configuration.
+          InputError: the tokeniser cannot be loaded, or does not fit the model.
         """
-        model = restore_model(workdir, step, config)
         self._tokenizer = model.tokenizer
         self._generator = Generator(
             model.config, model.mesh, model.parameters, self._tokenizer.size

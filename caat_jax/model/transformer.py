@@ -185,9 +185,14 @@ class Blueprint:
         """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
-    def on_mesh(self, mesh: Mesh | AbstractMesh) -> Any:
-        """Shapes and types of the parameters, laid out on a mesh: for compiling and restoring."""
-        return sharding.shapes_on_mesh(self.shapes, sharding.named_shardings(mesh, self.specs))
+    def on_mesh(self, mesh: Mesh | AbstractMesh, matrices: jnp.dtype = jnp.float32) -> Any:
+        """Shapes of the parameters, laid out on a mesh; norms float32, matrices in that type."""
+        shapes = jax.tree.map(
+            lambda leaf, axes: leaf if "norm" in axes else leaf.update(dtype=matrices),
+            self.shapes,
+            self.logical_axes,
+        )
+        return sharding.shapes_on_mesh(shapes, sharding.named_shardings(mesh, self.specs))
 
     def initialise(self, seed: int) -> Any:
         """Fresh parameters, float32; to be called under `jax.jit` with sharded outputs."""

@@ -1,0 +1,4 @@
+"""What cutting each sublayer's synchronisation costs, and the best factors for a budget.
+
+`training` and `checkpoints` come before it.
+"""

@@ -19,10 +19,12 @@ from jax.sharding import PartitionSpec as P
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding, xla_options
 from caat_jax.model import loss
+from caat_jax.model.partial_sync import STREAM_AXES, Stream, at_boundary
 from caat_jax.model.scopes import HEAD_AND_LOSS
-from caat_jax.model.transformer import Blueprint
+from caat_jax.model.transformer import Blueprint, smallest_sync_width
 from caat_jax.training import optimizer
 
+LOGITS_AXES = ("batch", "sequence", "vocab")
 DATA_AXES = sharding.LOGICAL_AXIS_RULES["batch"]
 
 
@@ -60,6 +62,14 @@ class Programs:
         )
         self.eval_step = jax.jit(
             self._shard_map(self._loss_sum, out_specs=(P(), P())), compiler_options=options
+        )
+        self.logits_step = jax.jit(
+            self._shard_map(self._whole_logits, sharding.partition_spec(LOGITS_AXES)),
+            compiler_options=options,
+        )
+        self.streams_step = jax.jit(
+            self._shard_map(self._streams, Stream(*map(sharding.partition_spec, STREAM_AXES))),
+            compiler_options=options,
         )
         rows = self.batch_sharding.spec
         self.score_step = jax.jit(
@@ -219,6 +229,19 @@ class Programs:
         logits = self._logits(parameters, rows)
         with jax.named_scope(HEAD_AND_LOSS):
             return loss.cross_entropy(logits, rows[:, 1:])
+
+    def _whole_logits(self, parameters: Any, tokens: jax.Array) -> jax.Array:
+        """float32 [B, T, this device's part of V] of tokens [B, T]."""
+        varying = sharding.mark_varying(parameters, self.blueprint.specs)
+        logits_BTGv = jnp.moveaxis(self.blueprint.bind(varying)(tokens), 0, 2)
+        return logits_BTGv.reshape(*logits_BTGv.shape[:2], -1)
+
+    def _streams(self, parameters: Any, tokens: jax.Array) -> Stream:
+        """All shards' streams after the last layer, as `STREAM_AXES` has them, of tokens [B, T]."""
+        varying = sharding.mark_varying(parameters, self.blueprint.specs)
+        model = self.blueprint.bind(varying)
+        stream = model.run_layers(model.embed(tokens))
+        return at_boundary(stream, smallest_sync_width(self.config.model))
 
     def _logits(self, parameters: Any, rows: jax.Array) -> jax.Array:
         """float32 [G, B, T, v] of token sequences [B, T + 1]."""

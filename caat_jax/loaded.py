@@ -1,0 +1,141 @@
+"""A trained model for notebooks and scripts: `caat_jax.load`."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from caat_jax.checkpoints import checkpoints
+from caat_jax.checkpoints.trained import TrainedModel, restore_model
+from caat_jax.config import user_paths
+from caat_jax.config.resolve import check_mesh
+from caat_jax.config.sections import MeshConfig
+from caat_jax.data.token_cache import PADDING
+from caat_jax.data.tokenizers import Tokenizer
+from caat_jax.devices import sharding
+from caat_jax.devices.dispatch import wait_if_simulated
+from caat_jax.errors import InputError
+from caat_jax.inference.generator import GREEDILY
+from caat_jax.inference.sampling import Sampling
+from caat_jax.inference.text import TextGenerator
+from caat_jax.model.partial_sync import Stream
+from caat_jax.training.step import Programs
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    sync_factor: float | None = None,
+) -> "LoadedModel":
+    """Loads the newest checkpoint of a run onto this machine's devices, whatever it was trained on.
+
+    Args:
+      path: the run's folder.
+      mesh: sizes of the mesh axes `data`, `fsdp` and `model`, 1 where left out; their product may
+        be smaller than the number of devices.  By default all devices are used, as many as
+        possible for `model`.
+      sync_factor: p of every sublayer instead of the model's own: another function.
+
+    Raises:
+      InputError: there is no model, or it does not fit what is given.
+    """
+    folder = user_paths.expanded("path", os.fspath(path))
+    step, config = checkpoints.newest_config(folder)
+    if sync_factor is not None:
+        if not 0 <= sync_factor <= 1:
+            raise InputError(f"sync_factor={sync_factor} is outside [0, 1]")
+        config = config.with_sync_factor(sync_factor)
+    sizes = dict(data=-1, fsdp=1, model=-1) if mesh is None else dict(data=1, fsdp=1, model=1)
+    if unknown := set(mesh or ()) - set(sizes):
+        raise InputError(f"mesh has no axis {unknown.pop()!r}; there are {', '.join(sizes)}")
+    sizes = MeshConfig(**sizes | dict(mesh or {}), simulated_devices=0)
+    check_mesh(sizes, config.model.tp_shards)
+    config = dataclasses.replace(config, mesh=sizes)
+    devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.model] if mesh else None
+    return LoadedModel(restore_model(folder, step, config, devices))
+
+
+class LoadedModel:
+    """A model on the devices of a mesh.  Tokens are integers [B, T]; any B will do.
+
+    Attributes:
+      config: the checkpoint's, its mesh worked out.
+      mesh: of `jax.sharding`.
+      parameters: a nested dictionary, laid out over the mesh; matrices in `compute.dtype`.
+      tokenizer: the one it was trained with.
+    """
+
+    def __init__(self, model: TrainedModel):
+        self._model = model
+        self.config, self.mesh, self.parameters = model.config, model.mesh, model.parameters
+        self._programs = Programs(model.config, model.mesh)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._model.tokenizer
+
+    def logits(self, tokens: ArrayLike) -> jax.Array:
+        """float32 [B, T, V]: of the token after each."""
+        return self._run(self._programs.logits_step, tokens)
+
+    def loss(self, tokens: ArrayLike) -> float:
+        """Mean cross-entropy of tokens 1 to T − 1 given those before, in nats."""
+        rows = self._rows(tokens, least=2, fill=PADDING)
+        total, count = wait_if_simulated(self._programs.eval_step(self.parameters, rows))
+        return float(total) / int(count)
+
+    def streams(self, tokens: ArrayLike) -> Stream:
+        """The residual streams after the last layer, of all S shards.
+
+        Returns:
+          `common` [B, T, w], the channels that all shards share, and `private` [S, B, T, D − w],
+          in the compute type.  Where nothing is private, `private` is empty.
+        """
+        common, private = self._run(self._programs.streams_step, tokens, cut=False)
+        rows = len(np.asarray(tokens))
+        return Stream(common[:rows], private[:, :rows])
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 128, sampling: Sampling = GREEDILY
+    ) -> list[str]:
+        """What follows each prompt, up to the end of its document.
+
+        Raises:
+          InputError: a prompt is too long, or an argument impossible.
+        """
+        texts = [""] * len(prompts)
+        for number, piece, _ in self._text_generator.stream(
+            list(prompts), max_new_tokens=max_new_tokens, sampling=sampling
+        ):
+            texts[number] += piece
+        return texts
+
+    @functools.cached_property
+    def _text_generator(self) -> TextGenerator:
+        return TextGenerator(self._model)
+
+    def _run(self, program: Callable, tokens: ArrayLike, cut: bool = True) -> Any:
+        rows = self._rows(tokens, least=1, fill=0)
+        result = wait_if_simulated(program(self.parameters, rows))
+        return result[: len(np.asarray(tokens))] if cut else result
+
+    def _rows(self, tokens: ArrayLike, least: int, fill: int) -> jax.Array:
+        """The tokens on the mesh, with rows of `fill` up to a multiple of the batch's parts."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or tokens.shape[1] < least or tokens.dtype.kind not in "iu":
+            raise InputError(
+                f"tokens of type {tokens.dtype} and shape {tokens.shape} must be integers [B, T]"
+                f" with T at least {least}"
+            )
+        vocabulary = self.config.model.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise InputError(f"tokens must lie within [0, {vocabulary})")
+        missing = -len(tokens) % sharding.batch_parts(self.mesh)
+        tokens = np.pad(tokens, ((0, missing), (0, 0)), constant_values=fill)
+        return jax.device_put(tokens.astype(np.int32), self._programs.batch_sharding)

@@ -1,0 +1,100 @@
+"""`caat_jax.load`: the model of a run, against the float64 emulation and the compiled commands."""
+
+import numpy as np
+import pytest
+
+import caat_jax
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.data.loader import NOTHING_READ
+from caat_jax.errors import InputError
+from caat_jax.inference.generator import Generator
+from caat_jax.inference.sampling import Sampling
+from tests import models, reference
+
+TOKENS = np.random.default_rng(0).integers(0, 64, size=(3, 9))  # no multiple of any mesh
+MESHES = [dict(model=1), dict(data=2, fsdp=2, model=2), None]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with random weights, its configuration, and the weights."""
+    config = models.small_config(model=dict(sync_factor=0.5))
+    programs = models.programs(config)
+    names = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
+    sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
+    parameters = reference.random_parameters(7, **sizes)
+    workdir = tmp_path_factory.mktemp("loaded") / "run"
+    with Checkpoints(workdir) as checkpoints:
+        state = programs.fresh_state(models.on_mesh(programs, parameters))
+        checkpoints.save(state, 3, config, NOTHING_READ)
+    return workdir, config, parameters
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_logits_loss_and_streams(run, mesh):
+    workdir, config, parameters = run
+    model = caat_jax.load(workdir, mesh=mesh)
+    method = models.method(config)
+    expected = reference.forward(parameters, TOKENS, **method)
+    np.testing.assert_allclose(model.logits(TOKENS), expected.logits, atol=1e-5)
+    loss = reference.loss(parameters, TOKENS[:, :-1], TOKENS[:, 1:], **method)
+    assert model.loss(TOKENS) == pytest.approx(loss, abs=1e-5)
+    common, private = model.streams(TOKENS)
+    streams_SBTD = expected.streams
+    width = common.shape[-1]
+    assert width == 16
+    for stream_BTD in streams_SBTD:
+        np.testing.assert_allclose(common, stream_BTD[..., :width], atol=1e-5)
+    np.testing.assert_allclose(private, streams_SBTD[..., width:], atol=1e-5)
+
+
+def test_another_sync_factor_is_another_function(run):
+    workdir, config, parameters = run
+    model = caat_jax.load(workdir, mesh=dict(model=2), sync_factor=1.0)
+    method = models.method(config.with_sync_factor(1.0))
+    expected = reference.forward(parameters, TOKENS, **method)
+    common, private = model.streams(TOKENS)
+    assert private.size == 0
+    np.testing.assert_allclose(common, expected.streams[0], atol=1e-5)
+    np.testing.assert_allclose(model.logits(TOKENS), expected.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (dict(sync_factor=1.5), "sync_factor=1.5 is outside"),
+        (dict(mesh=dict(models=8)), "mesh has no axis 'models'"),
+        (dict(mesh=dict(model=3)), "mesh.model=3 does not divide model.tp_shards=8"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(run, arguments, said):
+    with pytest.raises(InputError, match=said):
+        caat_jax.load(run[0], **arguments)
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="has no checkpoint"):
+        caat_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[0.5]], [[64]], [[-1]]], ids=str)
+def test_what_are_not_tokens_is_refused(run, tokens):
+    with pytest.raises(InputError, match="tokens"):
+        caat_jax.load(run[0], mesh=dict(model=1)).logits(tokens)
+
+
+def test_text(tmp_path):
+    """The same text as from token ids, and none of the ids that only pad the vocabulary."""
+    workdir = models.small_run(tmp_path, ["some words of a text"] * 12, {"train.steps": 3})
+    model = caat_jax.load(workdir)
+    sampling = Sampling(temperature=5.0, seed=3)
+    texts = model.generate(["some", "wor"], max_new_tokens=12, sampling=sampling)
+    tokenizer = model.tokenizer
+    generator = Generator(model.config, model.mesh, model.parameters, tokenizer.size)
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in ("some", "wor")]
+    ids = generator.generate(
+        prompts, max_new_tokens=12, sampling=sampling, stop_ids=[tokenizer.eos_id]
+    )
+    assert texts == [tokenizer.decode(new) for new in ids]
+    assert max(map(max, ids)) < tokenizer.size
