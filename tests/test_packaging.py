@@ -107,6 +107,39 @@ def test_what_is_required_is_imported_or_has_a_reason():
     assert unexplained == []
 
 
+def loaded(name: str) -> set[str]:
+    """What importing this module of ours imports, its imports of ours followed."""
+    done, left = set(), {name}
+    while left:
+        name = left.pop()
+        done.add(name)
+        path = ROOT / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name.partition(".")[0] in OURS and path.exists():
+            left |= imported_at_once(ast.parse(path.read_text())) - done
+    return {name.partition(".")[0] for name in done}
+
+
+def imported_at_once(node: ast.AST) -> set[str]:
+    """Dotted names whose import does not wait for a call; names in modules may be among them."""
+    if isinstance(node, ast.FunctionDef):
+        return set()
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return set()
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return set().union(*map(imported_at_once, ast.iter_child_nodes(node)))
+
+
+def test_training_starts_without_what_it_may_not_need():
+    packages = loaded("caat_jax.training.loop")
+    assert {"jax", "optax", "orbax", "grain"} <= packages  # the walk arrives there
+    rare = {"matplotlib", "scipy", "tensorboardX", "tokenizers", "sentencepiece", "safetensors"}
+    assert packages.isdisjoint(rare | {"torch", "transformers", "lm_eval"})
+
+
 @pytest.mark.parametrize(
     "lock, files",
     [

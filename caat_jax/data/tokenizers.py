@@ -1,12 +1,13 @@
-"""Tokenisers: text to ids and back, with an id each for the begin and the end of a document."""
+"""Tokenisers: text to ids and back, with BOS and EOS ids.
+
+Each library is imported for files of its kind only.
+"""
 
 import abc
 import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import sentencepiece
-import tokenizers
 
 from caat_jax.config import user_paths
 from caat_jax.errors import InputError
@@ -68,6 +69,8 @@ class _Bytes(Tokenizer):
 
 class _SentencePiece(Tokenizer):
     def __init__(self, name: str, content: bytes):
+        import sentencepiece
+
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.load_from_serialized_proto(content)
@@ -92,6 +95,8 @@ class _SentencePiece(Tokenizer):
 
 class _HuggingFace(Tokenizer):
     def __init__(self, name: str, content: bytes):
+        import tokenizers
+
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         # The library raises bare Exceptions.

@@ -18,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from caat_jax import files
 from caat_jax.config.architecture import Architecture
@@ -29,9 +26,6 @@ from caat_jax.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-
-# Others read the metrics as they come; TensorBoard's events reach the disk this often.
-_EVENTS_EVERY_SECONDS = 30
 
 _NOT_FINITE = ("nan", "inf", "-inf")
 
@@ -54,25 +48,18 @@ class MetricsWriter:
         Raises:
           InputError: the file that is there is malformed; the message names the line.
         """
+        from caat_jax.training import tensorboard
+
         last_step = -1 if resume_step is None else resume_step
         self.workdir = Path(workdir)
-        events = self.workdir / TENSORBOARD_FOLDER
         path = self.workdir / METRICS_FILE
         with self._write_errors():
-            events.mkdir(parents=True, exist_ok=True)
+            self.workdir.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 _drop_lines_after(path, last_step)
             # Line buffering: whoever follows the run sees a line as soon as it is written.
             self._lines = path.open("a", encoding="utf-8", buffering=1)
-            # Without tensorboardX's SummaryWriter: its thread dies, with a traceback, of a full
-            # disk.  File names have the time in seconds only; a restart must not overwrite.
-            self._events = EventsWriter(str(events / "events"), f".{last_step + 1}")
-            # TensorBoard hides older events from this step on.
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(
-                Event(wall_time=time.time(), step=last_step + 1, session_log=start)
-            )
-        self._flushed = time.monotonic()
+            self._events = tensorboard.Events(self.workdir / TENSORBOARD_FOLDER, last_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line; `values` maps names such as "train/loss" to anything `float` takes.
@@ -82,14 +69,9 @@ class MetricsWriter:
         """
         values = {name: float(value) for name, value in values.items()}
         line = {name: json_number(value) for name, value in values.items()}
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
         with self._write_errors():
             self._lines.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
-            self._events.write_event(event)
-            if time.monotonic() > self._flushed + _EVENTS_EVERY_SECONDS:
-                self._events.flush()
-                self._flushed = time.monotonic()
+            self._events.write(step, values)
 
     def close(self) -> None:
         """Flushes and closes; nothing can be written afterwards."""
