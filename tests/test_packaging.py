@@ -213,3 +213,9 @@ def test_the_wheel_requires_what_the_files_name(wheel):
         or (extra is None and "extra" not in str(requirement.marker))
     }
     assert stated == expected
+
+
+def test_the_changelog_starts_with_this_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    headings = [row for row in (ROOT / "CHANGELOG.md").read_text().splitlines() if row[:3] == "## "]
+    assert headings[0].split()[1] == version
