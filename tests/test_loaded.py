@@ -86,7 +86,9 @@ def test_what_are_not_tokens_is_refused(run, tokens):
 
 def test_text(tmp_path):
     """The same text as from token ids, and none of the ids that only pad the vocabulary."""
-    workdir = models.small_run(tmp_path, ["some words of a text"] * 12, {"train.steps": 3})
+    workdir = models.small_run(
+        tmp_path, [f"text number {n} of some words" for n in range(12)], {"train.steps": 3}
+    )
     model = caat_jax.load(workdir)
     sampling = Sampling(temperature=5.0, seed=3)
     texts = model.generate(["some", "wor"], max_new_tokens=12, sampling=sampling)
