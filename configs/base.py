@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # How the function is computed: never changes what it is.
+    # How the function is computed: what it is stays the same, to the rounding of these types.
     config.compute = ConfigDict(
         dict(
             dtype="float32",  # of activations and matrix products: float32 or bfloat16
