@@ -64,7 +64,7 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
     """One line of the table; a tuple of audits is one of p = 0.5 and one of p = 1."""
     half, full = audits(pod, pod.remat, bar)
     other = audits(pod, not pod.remat, bar)
-    problems = {p for found in (half, full, *other) for p in found.not_understood}
+    problems = {p for found in (half, full, *other) for p in found.unrecognised}
     assert not problems, problems
     devices = topology.tpu_devices(pod.topology, pod.slices)
     memory = half.memory_bytes["together"]
@@ -85,7 +85,7 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
         loop[1],
         side_by_side(half, full),
         f"{half.wire_bytes('model') / full.wire_bytes('model'):.4f}",
-        side_by_side(half, full, waiting_only=True),
+        side_by_side(half, full, exposed_only=True),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 

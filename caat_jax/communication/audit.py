@@ -23,23 +23,23 @@ class Audit:
 
     # Equal ones once, in the order of the program; combined ones in parts, by place.
     collectives: tuple[Collective, ...]
-    not_understood: tuple[str, ...]
+    unrecognised: tuple[str, ...]
     memory_bytes: dict[str, int]  # by kind, and "together"
     product_flops: float  # of the matrix products, those included that are computed again
     compile_seconds: float
 
     def wire_bytes(
-        self, axis: str, places: Sequence[str] = PLACES, waiting_only: bool = False
+        self, axis: str, places: Sequence[str] = PLACES, exposed_only: bool = False
     ) -> float:
         """Bytes that each device sends in one run over a mesh axis, at these places.
 
-        An operation over several axes together counts for each of them.  `waiting_only`: of
-        those operations beside which the compiler has scheduled no matrix product.
+        An operation over several axes together counts for each of them.  `exposed_only`: those of
+        the operations beside which the compiler has scheduled no matrix product.
         """
         return sum(
             c.times * c.wire_bytes
             for c in self.collectives
-            if axis in c.axes and c.place in places and not (waiting_only and c.overlaps)
+            if axis in c.axes and c.place in places and not (exposed_only and c.overlaps)
         )
 
 
@@ -80,7 +80,7 @@ def audit_program(trace: Callable[[Mesh | AbstractMesh], jax.stages.Traced], mes
     # Counted in the program as it is traced without devices: with attention as products.
     without_devices = sharding.abstract_mesh(MeshConfig(**mesh.shape, simulated_devices=0))
     flops = traced_programs.count(trace(without_devices).jaxpr).flops
-    return Audit(_merged(found), reading.not_understood, _memory(compiled), flops, seconds)
+    return Audit(_merged(found), reading.unrecognised, _memory(compiled), flops, seconds)
 
 
 def _parts(

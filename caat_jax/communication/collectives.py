@@ -1,10 +1,11 @@
 """One collective operation of a program: what it moves, over which links, where it belongs.
 
-`hlo_collectives.py` reads them from compiled programs, `operations.py` from traced ones.
+`compiled_programs.py` reads them from compiled programs, `traced_programs.py` from traced ones.
 """
 
 import dataclasses
 import math
+import re
 
 import jax.numpy as jnp
 
@@ -22,6 +23,10 @@ PLACES = (
     "gradient reduction",
     "optimizer and metrics",
 )
+
+# One component of a name, "transpose(jvp(layers))": transformations, and the scope inside them.
+# Combined operations list theirs as "(name:name)".  "jit(layers)" is a function, not a scope.
+_SCOPE = re.compile(r"(?:^|[/:]\(?)((?:transpose\(|jvp\(|vmap\()*)(\w+)(?=\)*(?:[/:]|$))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +77,18 @@ def place(name: str, kind: str, axes: tuple[str, ...]) -> str:
       kind: one of KINDS.
       axes: the mesh axes it runs over.
     """
-    if GRADIENT_REDUCTION in name:
+    found = _SCOPE.findall(name)
+    scopes = {scope for _, scope in found}
+    if GRADIENT_REDUCTION in scopes:
         return "gradient reduction"
-    scopes = [scope for scope in (EMBEDDING, LAYERS, HEAD_AND_LOSS) if scope in name]
-    if not scopes:
+    inside = scopes & {EMBEDDING, LAYERS, HEAD_AND_LOSS}
+    if not inside:
         return "optimizer and metrics"
     if "model" not in axes:  # within the model, the other axes only split parameters
         return "parameter gather" if kind == "all-gather" else "gradient reduction"
-    if scopes == [LAYERS]:
-        return "layer backward" if f"transpose(jvp({LAYERS}))" in name else "layer forward"
-    return "embedding" if scopes == [EMBEDDING] else "head and loss"
+    if inside == {LAYERS}:
+        return "layer backward" if ("transpose(jvp(", LAYERS) in found else "layer forward"
+    return "embedding" if inside == {EMBEDDING} else "head and loss"
 
 
 def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:

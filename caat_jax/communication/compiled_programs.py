@@ -1,7 +1,7 @@
 """Reads which collectives a compiled program runs, how often, and over which devices.
 
-The text is XLA's: `jax.stages.Compiled.as_text()`, a scheduled HLO module.  What the reader meets
-and does not understand is in `Reading.not_understood`, never left out in silence.
+The text is XLA's: `jax.stages.Compiled.as_text()`, a scheduled HLO module.  What the reader
+does not recognise is in `Reading.unrecognised`, never left out in silence.
 """
 
 import dataclasses
@@ -81,10 +81,10 @@ class CompiledCollective:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """All collectives that join devices, and a line about everything that was not understood."""
+    """All collectives that join devices, and a line about everything unrecognised."""
 
     collectives: tuple[CompiledCollective, ...]
-    not_understood: tuple[str, ...]
+    unrecognised: tuple[str, ...]
 
 
 def read(text: str) -> Reading:
@@ -98,8 +98,8 @@ def read(text: str) -> Reading:
         raise ValueError("not the text of an HLO module: it has no ENTRY")
     walk = _Walk(module)
     walk.run(module.entry, 1)
-    unreadable = [f"the line {line}" for line in module.unreadable]
-    return Reading(tuple(walk.collectives), tuple(dict.fromkeys(unreadable + walk.problems)))
+    lines = [f"the line {line}" for line in module.unrecognised]
+    return Reading(tuple(walk.collectives), tuple(dict.fromkeys(lines + walk.problems)))
 
 
 class _Walk:

@@ -56,7 +56,7 @@ class Module:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry: str | None = None
-        self.unreadable: list[str] = []
+        self.unrecognised: list[str] = []
         header = text.partition("\n")[0]
         # Replicas and partitions: without them, groups that are left empty have no members.
         counts = dict(re.findall(r"(num_partitions|replica_count)=(\d+)", header))
@@ -73,7 +73,7 @@ class Module:
             elif current is not None and line.strip():
                 instruction = _parse_instruction(line)
                 if instruction is None:
-                    self.unreadable.append(line.strip()[:80])
+                    self.unrecognised.append(line.strip()[:80])
                 else:
                     current[instruction.name] = instruction
 

@@ -69,9 +69,9 @@ def tables(config: Config, mesh: Mesh, audits: dict[str, Audit], workload: Workl
         _needs(mesh, audits, workload),
     ]
     for name, found in audits.items():
-        if found.not_understood:
-            lines = "\n".join(f"  {problem}" for problem in found.not_understood)
-            parts.append(f"NOT UNDERSTOOD in the program at {name}:\n{lines}")
+        if found.unrecognised:
+            lines = "\n".join(f"  {problem}" for problem in found.unrecognised)
+            parts.append(f"UNRECOGNISED in the program at {name}:\n{lines}")
     return "\n\n".join(parts)
 
 
@@ -106,7 +106,7 @@ def _heading(config: Config, mesh: Mesh, workload: Workload) -> str:
 
 
 def _operations(name: str, found: Audit) -> str:
-    rows = [("axes", "place", "operation", "of", "runs", "MB sent", "meanwhile")]
+    rows = [("axes", "place", "operation", "array", "runs", "MB sent", "overlapped by")]
     for c in sorted(found.collectives, key=lambda c: (c.axes, PLACES.index(c.place))):
         rows.append(
             (
@@ -116,7 +116,7 @@ def _operations(name: str, found: Audit) -> str:
                 _arrays(c),
                 f"{c.times:,}",
                 _megabytes(c.times * c.wire_bytes),
-                _meanwhile(c),
+                _overlapped_by(c),
             )
         )
     return (
@@ -134,10 +134,10 @@ def _totals(audits: dict[str, Audit]) -> str:
             sent = [found.wire_bytes(axis, places) for found in audits.values()]
             if any(sent):
                 rows.append((axis, label, *_side_by_side(sent)))
-        waiting = [found.wire_bytes(axis, waiting_only=True) for found in audits.values()]
-        rows.append((axis, "all that waits", *_side_by_side(waiting)))
+        exposed = [found.wire_bytes(axis, exposed_only=True) for found in audits.values()]
+        rows.append((axis, "exposed", *_side_by_side(exposed)))
     return (
-        "Sent by one device in one step; what waits has no matrix product to run meanwhile\n"
+        "Sent by one device in one step; exposed: no matrix product runs at the same time\n"
         + _table(rows, right=range(2, len(rows[0])))
     )
 
@@ -179,7 +179,7 @@ def _arrays(collective: Collective) -> str:
     return f"{short}{list(shape)}".replace(" ", "") + (f" +{len(others)}" if others else "")
 
 
-def _meanwhile(collective: Collective) -> str:
+def _overlapped_by(collective: Collective) -> str:
     products = collective.between.count("matrix product")
     if products:
         return f"{products} product{'s' * (products > 1)}"

@@ -4,7 +4,7 @@ Nothing is compiled, and tracing needs no devices (`sharding.abstract_mesh`).  C
 products, kernels that state their own cost, and collectives, times the rounds of the loops around
 them.  Shapes are as traced: one device's inside `jax.shard_map`, the whole array's outside.
 
-What cannot be counted is not passed over: `Operations.not_counted` says so in words.
+What cannot be counted is not passed over: `Operations.unrecognised` says so in words.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Operations:
 
     products: tuple[MatrixProduct, ...]
     collectives: tuple[Collective, ...]
-    not_counted: tuple[str, ...]
+    unrecognised: tuple[str, ...]
 
     @property
     def flops(self) -> float:

@@ -42,8 +42,8 @@ def table(predictions: Predictions, efficiency: float) -> str:
     ]
     for rows in predictions:
         lines += ["", *_chip_lines(rows[0]), *_rows(rows)]
-    for reason in _not_counted(predictions):
-        lines += ["", *textwrap.wrap(f"NOT COUNTED: {reason}", WIDTH)]
+    for reason in _unrecognised(predictions):
+        lines += ["", *textwrap.wrap(f"UNRECOGNISED: {reason}", WIDTH)]
     return "\n".join([*lines, "", *textwrap.wrap(LEFT_OUT, WIDTH)])
 
 
@@ -60,7 +60,7 @@ def to_json(predictions: Predictions, efficiency: float) -> dict[str, Any]:
         "efficiency": efficiency,
         "chips": [_chip_json(rows[0]) for rows in predictions],
         "predictions": [_prediction_json(row, rows[0]) for rows in predictions for row in rows],
-        "not_counted": _not_counted(predictions),
+        "unrecognised": _unrecognised(predictions),
         "left_out": LEFT_OUT,
     }
 
@@ -175,8 +175,8 @@ def _speed_up(row: Prediction, full: Prediction, overlap: bool) -> float:
     return full.step(overlap) / row.step(overlap)
 
 
-def _not_counted(predictions: Predictions) -> list[str]:
-    reasons = [r for row in predictions[0] for r in row.workload.operations.not_counted]
+def _unrecognised(predictions: Predictions) -> list[str]:
+    reasons = [r for row in predictions[0] for r in row.workload.operations.unrecognised]
     return list(dict.fromkeys(reasons))
 
 

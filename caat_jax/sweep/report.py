@@ -20,12 +20,14 @@ import numpy as np
 from scipy import stats
 
 from caat_jax import figures, files
+from caat_jax.communication import traced_programs
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.devices import sharding
 from caat_jax.figures import COLOURS
-from caat_jax.step_time import model
 from caat_jax.sweep.plan import Plan, Run
 from caat_jax.training.metrics import METRICS_FILE, json_number, read_metrics
+from caat_jax.training.step import Programs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +83,7 @@ def result(config: Config, loss: float) -> dict[str, Any]:
 def wire_bytes(config: Config, steps: int) -> int:
     """Bytes that one device sends in the first so many training steps, each device having a shard.
 
-    Counted from the traced step (`operations.py`): the embedding and the loss are in it.
+    Counted in the traced step: the embedding and the loss are in it.
     """
     ends = [stage.until for stage in config.train.sync_schedule if stage.until < steps]
     total = 0.0
@@ -100,8 +102,8 @@ def _without_history(config: Config) -> Config:
 def _step_wire_bytes(config: Config) -> float:
     config = config.with_vocabulary(load_tokenizer(config.data.tokenizer).size)
     mesh = MeshConfig(data=1, fsdp=1, model=config.model.tp_shards, simulated_devices=0)
-    work = model.workload(dataclasses.replace(config, mesh=mesh))
-    return work.operations.wire_bytes
+    programs = Programs(dataclasses.replace(config, mesh=mesh), sharding.abstract_mesh(mesh))
+    return traced_programs.count(programs.trace_train_step().jaxpr).wire_bytes
 
 
 def write(plan: Plan, workdir: Path) -> str:

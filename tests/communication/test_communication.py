@@ -61,7 +61,7 @@ def check_layers_and_gather(found: Audit, config: Config, p: float, forward_byte
     tokens = config.train.global_batch * config.data.sequence_length  # of all microbatches
     shared = int(arch.embed_dim * p)
     sublayers = 2 * arch.layers
-    assert found.not_understood == ()
+    assert found.unrecognised == ()
     for place, size in (("layer forward", forward_bytes), ("layer backward", 4)):
         runs, total = sent(found, place)
         assert runs == (sublayers * steps if shared else 0)
@@ -128,13 +128,13 @@ def test_130m_on_a_tpu_pod(p, remat):
 @models.needs_libtpu
 def test_reductions_over_model_overlap_only_where_p_is_below_1():
     """At p < 1 the product of the private channels can run beside the forward reduction."""
-    waiting = {
+    exposed = {
         p: audited(paper_130m("bfloat16", layers=3, remat=True), p, "v5e:2x4").wire_bytes(
-            "model", ("layer forward",), waiting_only=True
+            "model", ("layer forward",), exposed_only=True
         )
         for p in (1.0, 0.5)
     }
-    assert waiting[0.5] == 0 < waiting[1.0]
+    assert exposed[0.5] == 0 < exposed[1.0]
 
 
 @models.needs_libtpu
@@ -195,7 +195,7 @@ def test_fsdp_gathers_one_layer_at_a_time(remat):
 
 def test_nothing_is_sent_on_one_device():
     found = audit(models.programs(models.small_config(model=dict(sync_factor=0.5))))
-    assert found.collectives == () and found.not_understood == ()
+    assert found.collectives == () and found.unrecognised == ()
 
 
 def test_factors_per_sublayer():
@@ -207,6 +207,25 @@ def test_factors_per_sublayer():
     for place in ("layer forward", "layer backward"):
         widths = sorted((c.arrays[0][1][-1], c.times) for c in found if c.place == place)
         assert widths == [(8, 3), (24, 3)]
+
+
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("jit(f)/jvp(embedding)/psum", "embedding"),
+        ("jit(f)/unembedding/psum", "optimizer and metrics"),
+        ("jit(layers)/psum", "optimizer and metrics"),
+        ("jit(f)/while/body/layers/psum", "layer forward"),
+        ("layers", "layer forward"),
+        ("jit(f)/transpose(jvp(layers))/while/body/psum", "layer backward"),
+        ("jit(f)/transpose(jvp(sublayers))/layers/psum", "layer forward"),
+        ("jit(f)/(jvp(head_and_loss)/psum:head_and_loss/pmax)", "head and loss"),
+        ("jit(f)/gradient_reduction/psum", "gradient reduction"),
+        ("jit(f)/no_gradient_reduction/layers/psum", "layer forward"),
+    ],
+)
+def test_place_by_whole_scopes(name, place):
+    assert collectives.place(name, "all-reduce", ("model",)) == place
 
 
 @pytest.mark.parametrize(
@@ -227,14 +246,14 @@ def test_mesh_axes_of_groups(groups, axes):
     assert communication_audit.mesh_axes(operation, mesh) == axes
 
 
-def test_report_says_what_was_not_understood_and_json_has_everything():
+def test_report_says_what_was_unrecognised_and_json_has_everything():
     config = tiny_config()
     mesh = sharding.create_mesh(resolve_mesh(config, 8))
-    found = dataclasses.replace(audited(config, 0.5), not_understood=("operation teleport",))
+    found = dataclasses.replace(audited(config, 0.5), unrecognised=("operation teleport",))
     audits = {"p = 0.5": found, "p = 1.0": audited(config, 1.0)}
     workload = report.training(config)
     text = report.tables(config, mesh, audits, workload)
-    assert "NOT UNDERSTOOD in the program at p = 0.5:\n  operation teleport" in text
+    assert "UNRECOGNISED in the program at p = 0.5:\n  operation teleport" in text
     assert max(map(len, text.splitlines())) <= 100
     (forward,) = [line.split() for line in text.splitlines() if line.startswith("model  layer f")][
         1:

@@ -28,7 +28,7 @@ def compiled_text(function, *shapes, in_specs, out_specs):
 def found(text):
     """(kind, groups, arrays, times) of each, sorted; nothing may be left not understood."""
     reading = compiled_programs.read(text)
-    assert reading.not_understood == ()
+    assert reading.unrecognised == ()
     return sorted((c.kind, c.groups, c.arrays, c.times) for c in reading.collectives)
 
 
@@ -267,7 +267,7 @@ def test_reduction_between_tpu_slices():
     lines[1] = lines[1].replace("ALL_REDUCE", "ALL_TO_ALL")
     reading = compiled_programs.read(module(lines))
     assert reading.collectives == ()
-    assert reading.not_understood == ("s: a transfer between slices",)
+    assert reading.unrecognised == ("s: a transfer between slices",)
 
 
 def loop(condition, first="%zero", step="%one"):
@@ -330,7 +330,7 @@ def test_iterations_of_a_loop_without_a_note(condition, times):
 def test_loop_of_unknown_length_is_reported_and_counted_once(text):
     reading = compiled_programs.read(text.replace("%n2", "%i"))
     assert [c.times for c in reading.collectives] == [1]
-    assert reading.not_understood == ("loop w: how often it runs; counted as once",)
+    assert reading.unrecognised == ("loop w: how often it runs; counted as once",)
 
 
 @pytest.mark.parametrize(
@@ -345,9 +345,9 @@ def test_loop_of_unknown_length_is_reported_and_counted_once(text):
         ("this is no instruction", "this is no instruction"),
     ],
 )
-def test_what_is_not_understood_is_said(line, said):
+def test_what_is_unrecognised_is_said(line, said):
     reading = compiled_programs.read(module([line, "ROOT %r = f32[4,8]{1,0} copy(%p)"]))
-    assert [said in problem for problem in reading.not_understood] == [True]
+    assert [said in problem for problem in reading.unrecognised] == [True]
 
 
 def test_instruction_over_several_lines():
@@ -377,7 +377,7 @@ def test_branches_are_all_counted_and_reported():
     )
     reading = compiled_programs.read(text)
     assert len(reading.collectives) == 1
-    assert "which branch runs" in reading.not_understood[0]
+    assert "which branch runs" in reading.unrecognised[0]
 
 
 def test_text_of_something_else_is_refused():

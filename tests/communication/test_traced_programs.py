@@ -50,7 +50,7 @@ def test_nested_loops():
     counted = count(lambda x: lax.scan(outer, x, length=3)[0] @ B, A)
     assert sorted(product.times for product in counted.products) == [1, 6, 15]
     assert counted.flops == (1 + 6 + 15) * ONCE
-    assert counted.not_counted == ()
+    assert counted.unrecognised == ()
 
 
 def test_rounds_that_are_not_known_are_reported():
@@ -60,9 +60,9 @@ def test_rounds_that_are_not_known_are_reported():
 
     counted = count(function, A, 3)
     assert counted.flops == ONCE
-    (reason,) = counted.not_counted
+    (reason,) = counted.unrecognised
     assert "while" in reason and "here" in reason
-    assert count(lambda x, n: lax.fori_loop(0, n, lambda _, y: 2 * y, x), A, 3).not_counted == ()
+    assert count(lambda x, n: lax.fori_loop(0, n, lambda _, y: 2 * y, x), A, 3).unrecognised == ()
 
 
 def test_of_branches_the_costlier():
@@ -107,15 +107,15 @@ def test_kernels_state_their_cost_or_are_reported():
 
     cost = pl.CostEstimate(flops=100, transcendentals=0, bytes_accessed=30)
     known = count(lambda x: lax.scan(lambda x, _: (call(x, cost_estimate=cost), 0), x, length=7), B)
-    assert known.products == (MatrixProduct(100, 30, 7, ""),) and known.not_counted == ()
+    assert known.products == (MatrixProduct(100, 30, 7, ""),) and known.unrecognised == ()
     unknown = count(call, B)
     assert unknown.products == ()
-    assert "pallas_call" in unknown.not_counted[0]
+    assert "pallas_call" in unknown.unrecognised[0]
 
 
 def test_other_products_are_reported():
     image, filters = jnp.ones((1, 1, 8, 8)), jnp.ones((1, 1, 3, 3))
-    (reason,) = count(lambda x: lax.conv(x, filters, (1, 1), "SAME"), image).not_counted
+    (reason,) = count(lambda x: lax.conv(x, filters, (1, 1), "SAME"), image).unrecognised
     assert "conv_general_dilated" in reason
 
 
@@ -166,7 +166,7 @@ def test_collective(function, kind, axes, size, payload, wire):
 
 def test_an_axis_of_one_communicates_nothing():
     counted = collectives(lambda x: x + lax.psum(x, "one"), (8, 3), axes=VARYING)
-    assert (counted.collectives, counted.not_counted) == ((), ())
+    assert (counted.collectives, counted.unrecognised) == ((), ())
 
 
 def test_rounds_and_places_of_loops():
@@ -187,7 +187,7 @@ def test_rounds_and_places_of_loops():
 
 def test_an_unknown_operation_over_a_mesh_axis_is_reported():
     counted = collectives(lambda x: lax.pbroadcast(x, "a", 0), (8, 3), axes=VARYING)
-    assert "pbroadcast" in counted.not_counted[0]
+    assert "pbroadcast" in counted.unrecognised[0]
 
 
 # ---- The training step ------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_flops_of_a_step(p, mesh, options):
     counted = step(p, mesh=mesh, **options)
     forward = 2 * (INPUTS + OUTPUTS + D * V + ATTENTION)
     assert counted.flops * math.prod(mesh.values()) == 3 * forward * TOKENS
-    assert counted.not_counted == ()
+    assert counted.unrecognised == ()
 
 
 @pytest.mark.parametrize(("p", "again"), [(1.0, 0), (0.5, LAYERS * HEADS * H * D / 2)])

@@ -136,7 +136,7 @@ def test_no_device_sees_the_logits_of_another():
     batch = jax.ShapeDtypeStruct((4, LENGTH + 1), jnp.int32, sharding=programs.batch_sharding)
     traced = programs.score_step.trace(programs.state_shapes.parameters, batch)
     counted = traced_programs.count(traced.jaxpr)
-    assert counted.not_counted == ()
+    assert counted.unrecognised == ()
     reduced = [c for c in counted.collectives if c.place == "head and loss"]
     tokens = 4 * LENGTH
     assert {c.kind for c in reduced} == {"all-reduce"}

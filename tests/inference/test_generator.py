@@ -351,7 +351,7 @@ def test_a_layer_sends_two_reductions_of_the_shared_channels(p, scan_layers):
             lambda mesh, trace=trace: getattr(InferencePrograms(config, mesh), trace)(4, 64),
             models.programs(config).mesh,
         )
-        assert found.not_understood == ()
+        assert found.unrecognised == ()
         in_layers = [c for c in found.collectives if c.place.startswith("layer")]
         shared = int(32 * p)
         if not shared:

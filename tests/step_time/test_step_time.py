@@ -148,7 +148,7 @@ def test_table(predictions):
     assert max(map(len, lines)) <= 100
     assert "8 devices (data 1, fsdp 2, model 4)" in lines[0] and "50%" in lines[0]
     assert [line for line in lines if "DOES NOT FIT" in line]  # into 1,000 bytes
-    assert "Left out" in text and "NOT COUNTED" not in text
+    assert "Left out" in text and "UNRECOGNISED" not in text
     full, half = ([line for line in lines if line.split()[:1] == [p]][-1] for p in ("1", "0.5"))
     assert full.endswith(" 1.00")
     row, first = predictions[-1][1], predictions[-1][0]
@@ -157,10 +157,10 @@ def test_table(predictions):
     assert half.split()[-1].startswith(f"{speed_up:.2f}") and speed_up < 0.9
 
 
-def test_table_says_what_was_not_counted():
+def test_table_says_what_was_unrecognised():
     counted = Operations(PRODUCTS, COLLECTIVES, ("pallas_call in 'layers': it has no cost",))
     rows = [predict(dataclasses.replace(WORK, operations=counted), CHIP)]
-    assert "NOT COUNTED: pallas_call in 'layers'" in step_time_report.table([rows], 1.0)
+    assert "UNRECOGNISED: pallas_call in 'layers'" in step_time_report.table([rows], 1.0)
 
 
 def test_json(predictions):
