@@ -1,26 +1,18 @@
-"""Bad fields are refused by name, what is left at -1 is worked out, and every field is read."""
+"""Bad fields are refused by name, and what is left at -1 is worked out."""
 
-import ast
-import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-from caat_jax.config import sections
 from caat_jax.config.resolve import resolve, resolve_mesh
-from caat_jax.config.sections import Config
 from caat_jax.config.stored import base_fields, difference, from_json, to_json
-from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from configs import base, llama_1b, llama_7b, llama_130m, tiny
 
-PACKAGE = Path(sections.__file__).parents[1]
 SHIPPED = {"base": base, "llama_130m": llama_130m, "llama_1b": llama_1b, "llama_7b": llama_7b}
 SHIPPED["tiny"] = tiny
-SECTIONS = {field.name: field.type for field in dataclasses.fields(Config)}
-del SECTIONS["seed"]
 NAN, INF = math.nan, math.inf
 
 
@@ -409,24 +401,3 @@ def test_figures_are_the_papers(name):
     assert (model.norm_epsilon, config.compute.dtype) == (1e-5, "bfloat16")
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
     assert (optimizer.gradient_clip_norm, optimizer.warmup_steps) == (1.0, 2000)
-
-
-def attributes_read():
-    """Names of all attributes read in `caat_jax/`; config.py, which checks fields, left out."""
-    trees = (
-        ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if path.name != "config.py"
-    )
-    nodes = (node for tree in trees for node in ast.walk(tree))
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-
-
-def test_no_field_that_nothing_reads():
-    read = attributes_read() | set(sharding.MESH_AXES)  # sizes are read by the axis's name
-    read |= {"sync_factors"} if "sync_widths" in read else set()
-    unread = [
-        f"{section}.{field.name}"
-        for section, type_ in SECTIONS.items()
-        for field in dataclasses.fields(type_)
-        if field.name not in read
-    ]
-    assert unread == []
