@@ -45,9 +45,9 @@ PODS = (
 )
 
 HEADER = (
-    "| model | pod | mesh | microbatches | compile, s | GiB a device | of the chip's"
+    "| model | pod | mesh | microbatches | compile, s | GiB per device | of the chip's"
     " | layer loop, GB: p = 0.5 / 1 | ratio | ratio, other remat | whole `model`, GB: p = 0.5 / 1"
-    " | ratio | waits, GB: p = 0.5 / 1 |\n"
+    " | ratio | exposed, GB: p = 0.5 / 1 |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
