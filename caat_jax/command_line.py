@@ -87,12 +87,15 @@ def _parse(
         matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
         names = [match[1] for match in matches if match]
         check_field_names(names, fields())
-        if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        enough = r"--?(config(=.*)?|help|helpshort|helpfull|h|\?)$"
+        if not any(re.match(enough, argument) for argument in argv):
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:
         rest = flags.FLAGS(argv)
         if config is not None:
             _ = list(config.value)  # a file that is missing fails at its first use
+    except SystemExit:  # of the flags only --help and its like end here, and with code 1
+        sys.exit(0)
     except flags.Error as error:
         raise InputError(str(error)) from None
     # The file is a program: anything may come out of it.

@@ -30,7 +30,7 @@ class Tokenizer(abc.ABC):
 
     Attributes:
       size: ids are below it.
-      bos_id: begins a document.
+      bos_id: starts a document.
       eos_id: ends a document; may be `bos_id`.
       fingerprint: the same for the same vocabulary and rules.
     """
@@ -49,7 +49,7 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of those ids; BOS, EOS and what is no id of this tokeniser leave no trace."""
+        """The text of those ids; BOS, EOS and ids that the tokeniser does not have are left out."""
         roles = {self.bos_id, self.eos_id}
         return self._decode([int(i) for i in ids if 0 <= i < self.size and int(i) not in roles])
 
@@ -75,10 +75,10 @@ class _SentencePiece(Tokenizer):
         try:
             self._processor.load_from_serialized_proto(content)
         except RuntimeError as error:
-            raise InputError(f"data.tokenizer={name} is no SentencePiece model") from error
+            raise InputError(f"data.tokenizer={name} is not a SentencePiece model") from error
         self.size = self._processor.get_piece_size()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
-        for role, i in (("begin", self.bos_id), ("end", self.eos_id)):
+        for role, i in (("start", self.bos_id), ("end", self.eos_id)):
             if i < 0:
                 raise InputError(
                     f"data.tokenizer={name} has no token for the {role} of a document; train it"
@@ -101,8 +101,8 @@ class _HuggingFace(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         # The library raises bare Exceptions.
         except Exception as error:
-            raise InputError(f"data.tokenizer={name} is no tokenizer.json ({error})") from error
-        # Such a file may also ask for documents to be cut or filled up to some length.
+            raise InputError(f"data.tokenizer={name} is not a tokenizer.json ({error})") from error
+        # Such a file may also ask for documents to be truncated or padded.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -152,6 +152,6 @@ def _roles(name: str, vocabulary: dict[str, int]) -> tuple[int, int]:
             return ids[0], ids[-1]
     usual = ", ".join(dict.fromkeys(n for names in _USUAL_NAMES for n in names))
     raise InputError(
-        f"data.tokenizer={name} has no token for the begin and end of a document; add one of"
+        f"data.tokenizer={name} has no tokens for the start and end of a document; add one of"
         f" {usual}"
     )

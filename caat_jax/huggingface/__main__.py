@@ -3,16 +3,15 @@
     python -m caat_jax.huggingface import SRC_DIR WORKDIR [--tp_shards=8] [--sync_factor=1.0]
     python -m caat_jax.huggingface export WORKDIR DST_DIR [--dtype=float32]
 
+SRC_DIR holds config.json and *.safetensors; what is written must be new or empty.
 docs/huggingface.md says what is mapped to what.
 """
 
-import argparse
 import shlex
-import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
 
 import jax
+from absl import flags
 
 from caat_jax import command_line
 from caat_jax.config import user_paths
@@ -22,48 +21,29 @@ from caat_jax.errors import InputError
 from caat_jax.huggingface import exporting, folders, importing, llama_config
 from configs import base
 
+_TP_SHARDS = flags.DEFINE_integer("tp_shards", 8, "Of an import: S, the tensor-parallel shards.")
+_SYNC_FACTOR = flags.DEFINE_float("sync_factor", 1.0, "Of an import: p of every sublayer.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of an export: float32, bfloat16 or float16.")
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Does what the arguments say; returns the exit code."""
-    command_line.quieten_logs()
-    try:
-        given = _parse(arguments)
-        if given.command == "import":
-            _import(given)
-        else:
-            _export(given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return InputError.exit_code
-    return 0
+_OTHERS_FLAGS = {"import": (_DTYPE,), "export": (_TP_SHARDS, _SYNC_FACTOR)}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for all other bad input, instead of the usage and a line."""
-        raise InputError(f"{message} (--help explains)")
+def main(arguments: list[str]) -> None:
+    """Does what the arguments say: a command and two folders."""
+    if len(arguments) != 3 or arguments[0] not in _OTHERS_FLAGS:
+        given = " ".join(arguments) or "nothing"
+        raise InputError(f"{given}: give import SRC_DIR WORKDIR, or export WORKDIR DST_DIR")
+    command, source, destination = arguments
+    for flag in _OTHERS_FLAGS[command]:
+        if flag.present:
+            raise InputError(f"--{flag.name} is not a flag of {command}")
+    run = _import if command == "import" else _export
+    run(user_paths.expanded(command, source), user_paths.expanded(command, destination))
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m caat_jax.huggingface", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    importer = commands.add_parser("import", allow_abbrev=False)
-    importer.add_argument("source", help="a folder: config.json, *.safetensors")
-    importer.add_argument("workdir", help="a folder that is new or empty")
-    importer.add_argument("--tp_shards", type=int, default=8, help="S (default: 8)")
-    importer.add_argument("--sync_factor", type=float, default=1.0, help="p (default: 1)")
-    exporter = commands.add_parser("export", allow_abbrev=False)
-    exporter.add_argument("workdir", help="the --workdir of a run")
-    exporter.add_argument("destination", help="a folder that is new or empty")
-    exporter.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    return parser.parse_args(arguments)
-
-
-def _import(given: argparse.Namespace) -> None:
-    source = user_paths.expanded("source", given.source)
-    workdir = user_paths.expanded("workdir", given.workdir)
+def _import(source: Path, workdir: Path) -> None:
     imported = importing.import_llama(
-        source, workdir, tp_shards=given.tp_shards, sync_factor=given.sync_factor
+        source, workdir, tp_shards=_TP_SHARDS.value, sync_factor=_SYNC_FACTOR.value
     )
     config = imported.config
     arch = config.model
@@ -74,8 +54,8 @@ def _import(given: argparse.Namespace) -> None:
     )
     if not llama_config.is_dense(arch):
         print(
-            f"At p={arch.describe_sync_factors()} these weights are not the function that they are"
-            " in the source: a CAAT-Net that begins with a dense model's weights, to be trained on"
+            f"At p={arch.describe_sync_factors()} these weights do not compute what they compute in"
+            " the source: this is a CAAT-Net initialised from a dense model, to be trained"
         )
     if config.data.tokenizer == base.get_config().data.tokenizer:
         print(f"There is no {' or '.join(folders.TOKENIZERS)}: give --config.data.tokenizer")
@@ -85,7 +65,7 @@ def _import(given: argparse.Namespace) -> None:
 
 
 def _flags(config: Config) -> list[str]:
-    """What train.py must be told, since it compares the architecture."""
+    """The fields that differ from the base configuration, since train.py compares them."""
     fields = to_json(config)
     fields["model"]["sync_factor"] = fields["model"].pop("sync_factors")[0][0]
     usual = base.get_config()
@@ -97,19 +77,17 @@ def _flags(config: Config) -> list[str]:
     ]
 
 
-def _export(given: argparse.Namespace) -> None:
-    workdir = user_paths.expanded("workdir", given.workdir)
-    destination = user_paths.expanded("destination", given.destination)
+def _export(workdir: Path, destination: Path) -> None:
     jax.config.update("jax_platforms", "cpu")  # copying needs no accelerator, nor takes one
-    exported = exporting.export(workdir, destination, dtype=given.dtype)
+    exported = exporting.export(workdir, destination, dtype=_DTYPE.value)
     arch = exported.config.model
     remote = "" if llama_config.is_dense(arch) else ", trust_remote_code=True"
     print(
-        f"Exported step {exported.step} of {workdir} to {destination} in {given.dtype};"
+        f"Exported step {exported.step} of {workdir} to {destination} in {_DTYPE.value};"
         f" S={arch.tp_shards}, p={arch.describe_sync_factors()}"
     )
     print(f'AutoModelForCausalLM.from_pretrained("{destination}"{remote})')
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main, positionals=True)

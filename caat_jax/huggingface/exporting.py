@@ -21,12 +21,12 @@ from caat_jax.training.step import Programs
 
 CODE = Path(__file__).parent / "exported_code" / "modeling_caat_llama.py"
 
-# Of the config.json that came with the weights, what is kept beside the architecture.
+# Fields kept from the config.json that came with the weights, besides the architecture.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Exported(NamedTuple):
-    """What was exported: the checkpoint's step and the configuration that it carries."""
+    """The step of the exported checkpoint, and its configuration."""
 
     step: int
     config: Config
@@ -35,7 +35,7 @@ class Exported(NamedTuple):
 def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
     """Writes a run's newest checkpoint in Hugging Face's format.
 
-    Values are read and written one parameter after the other.
+    One parameter and the tensors of one file are in memory at a time.
 
     Args:
       workdir: the run's folder.
@@ -53,29 +53,29 @@ def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
     arch = config.model
     if llama_config.is_dense(arch) and arch.embed_dim % arch.heads:
         raise InputError(
-            f"model.embed_dim={arch.embed_dim} is no multiple of model.heads={arch.heads}, which"
-            " transformers refuses of a Llama"
+            f"model.embed_dim={arch.embed_dim} is not a multiple of model.heads={arch.heads}, which"
+            " transformers requires of a Llama"
         )
     one_device = sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1])
     programs = Programs(config, one_device)
     with folders.complete_folder(destination) as folder:
         _write_configuration(folder, workdir / folders.CARRIED_FOLDER, config, dtype)
         shapes = programs.state_shapes.parameters
-        names_and_shapes = [
-            (name, shape)
+        tensor_shapes = {
+            name: shape
             for row in mapping.rows(arch)
             for name, _, shape in mapping.tensors(row, mapping.at(shapes, row).shape)
-        ]
+        }
         with Checkpoints(workdir) as checkpoints:
             arrays = _tensors(checkpoints, step, programs, dtype)
-            safetensors_files.write(folder, names_and_shapes, dtype, arrays)
+            safetensors_files.write(folder, tensor_shapes, dtype, arrays)
     return Exported(step, config)
 
 
 def _tensors(
     checkpoints: Checkpoints, step: int, programs: Programs, dtype: str
 ) -> Iterator[np.ndarray]:
-    """The tensors in the table's order; one parameter is in memory at a time."""
+    """The tensors in the table's order, read parameter by parameter."""
     shapes = programs.state_shapes.parameters
     for row in mapping.rows(programs.config.model):
         wanted = mapping.nested(row, mapping.at(shapes, row))
@@ -90,7 +90,7 @@ def _tensors(
 
 
 def _write_configuration(folder: Path, carried: Path, config: Config, dtype: str) -> None:
-    """Everything but the weights: what came with them, or else what the run says."""
+    """Writes everything but the weights: what was imported with them, or else the run's own."""
     if carried.is_dir():
         came = llama_config.read(carried)
         length = llama_config.max_length(came, carried / llama_config.FILE)
@@ -113,7 +113,7 @@ def _copy_tokenizer(folder: Path, name: str) -> None:
         return
     path = user_paths.expanded("data.tokenizer", name)
     shutil.copyfile(path, folder / f"tokenizer{path.suffix}")
-    # Without it `transformers` takes the rules of Llama's own tokeniser for those of any other.
+    # Without it `transformers` applies the rules of Llama's own tokeniser to any other.
     kind = {".json": "PreTrainedTokenizerFast", ".model": "LlamaTokenizer"}[path.suffix]
     _write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})
 

@@ -1,4 +1,4 @@
-"""A folder that is there when it is complete, and not before; and what it carries along."""
+"""Folders that appear only when complete, and the files that a model carries along."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from caat_jax.errors import InputError
 
-# Beside the weights: what belongs to the model and is not read here, but for the tokeniser.
+# What belongs to a model besides config.json and its weights.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 CARRIED = (
     *TOKENIZERS,
@@ -20,15 +20,15 @@ CARRIED = (
     "generation_config.json",
 )
 
-# Where a workdir keeps it, with the config.json that came with the weights.
+# Where a workdir keeps them, with the config.json that came with the weights.
 CARRIED_FOLDER = "huggingface"
 
 
 def check_new(path: Path) -> None:
-    """Refuses a path at which there is something.
+    """Refuses a path that is in use.
 
     Raises:
-      InputError: it is a file, a folder with something in it, or below a file.
+      InputError: it is a file, below a file, or a folder that is not empty.
     """
     for above in path.absolute().parents:
         if above.exists() and not above.is_dir():

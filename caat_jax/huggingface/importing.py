@@ -1,4 +1,4 @@
-"""From a folder in Hugging Face's format to a workdir, as `train.py` would have it at step 0."""
+"""From a folder in Hugging Face's format to a workdir, as `train.py` leaves it at step 0."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from configs import base
 
 
 class Imported(NamedTuple):
-    """What was imported: the workdir's configuration, the parameters' number and files' types."""
+    """The workdir's configuration, the number of parameters and the dtypes in the files."""
 
     config: Config
     parameters: int
@@ -33,13 +33,13 @@ class Imported(NamedTuple):
 def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: float) -> Imported:
     """Writes a workdir with the weights of a Llama, a fresh optimizer state and a configuration.
 
-    Values are read as they are placed on the devices of the mesh, one parameter after the other.
+    Values are read and placed on the devices of the mesh one parameter after another.
 
     Args:
       source: a folder with config.json and safetensors files.
       workdir: a folder that is new or empty.
       tp_shards: S.
-      sync_factor: p of every sublayer; below 1 the function is another than the source's.
+      sync_factor: p of every sublayer; below 1 the function differs from the source's.
 
     Raises:
       InputError: something given cannot work; nothing is written then.
@@ -79,7 +79,7 @@ def _configuration(source: Path, workdir: Path, tp_shards: int, sync_factor: flo
 
 
 def _mesh(arch: Architecture) -> Mesh:
-    """One on which every value lies on one device only: there is no batch to split over `data`."""
+    """One that stores every value on one device only: there is no batch to split over `data`."""
     model = math.gcd(len(jax.devices()), arch.tp_shards)
     fsdp = math.gcd(len(jax.devices()) // model, arch.embed_dim, arch.vocab_size)
     sizes = MeshConfig(data=1, fsdp=fsdp, model=model, simulated_devices=0)
@@ -117,23 +117,8 @@ def _state(programs: Programs, tensors: Mapping[str, StoredTensor]) -> TrainStat
 def _parameter(
     row: mapping.Row, wanted: jax.ShapeDtypeStruct, tensors: Mapping[str, StoredTensor]
 ) -> jax.Array:
-    """A parameter on the mesh; of the files only what a device holds is read for it."""
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not row.per_layer:
-            tensor = tensors[row.tensor].array()
-            part = mapping.as_parameter(row, tensor, wanted.shape)[index]
-            return np.array(part, wanted.dtype, order="C")
-        layers = range(wanted.shape[0])[index[0]]
-        parts = [
-            mapping.as_parameter(
-                row, tensors[row.tensor.format(layer=layer)].array(), wanted.shape[1:]
-            )[index[1:]]
-            for layer in layers
-        ]
-        stacked = np.empty((len(layers), *parts[0].shape), wanted.dtype)
-        for layer, part in enumerate(parts):
-            stacked[layer] = part
-        return stacked
-
-    return jax.make_array_from_callback(wanted.shape, wanted.sharding, read)
+    values = np.empty(wanted.shape, wanted.dtype)
+    for name, layer, _ in mapping.tensors(row, wanted.shape):
+        part = values if layer is None else values[layer]
+        part[...] = mapping.as_parameter(row, tensors[name].array(), part.shape)
+    return jax.device_put(values, wanted.sharding)

@@ -6,10 +6,11 @@ from typing import Any
 
 from caat_jax.config.architecture import Architecture
 from caat_jax.errors import InputError
+from caat_jax.files import read_json
 
 FILE = "config.json"
 
-# What must have these values (or not be there), since the decoder can do nothing else.
+# Fields that must be absent or have these values, the only ones that the decoder supports.
 _ONLY = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -43,20 +44,11 @@ def read(folder: Path) -> dict[str, Any]:
     """The fields of a folder's `config.json`.
 
     Raises:
-      InputError: there is none, or it is no JSON object.
+      InputError: there is none, or it is not a JSON object.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give one with a {FILE} and safetensors files")
-    path = folder / FILE
-    try:
-        fields = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} is no JSON object")
-    return fields
+    if not (folder / FILE).exists():
+        raise InputError(f"{folder} has no {FILE}; give a folder with one and safetensors files")
+    return read_json(folder / FILE, dict)
 
 
 def model_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -67,7 +59,7 @@ def model_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
       path: the file's, for messages.
 
     Raises:
-      InputError: it is no Llama, or one with something that the decoder here does not have.
+      InputError: it is not a Llama, or has something that the decoder here does not have.
     """
     if "model_type" not in fields:
         raise InputError(f"{path} has no model_type; it must be llama")

@@ -1,8 +1,8 @@
 """Which parameter is which tensor of a Llama in Hugging Face's format: one table, both ways.
 
 A linear layer of that format is a matrix [out, in]; here inputs come first, heads and their width
-are two axes, and the layers are stacked.  Nothing but that differs: also the rotary embedding's
-layout is the same half-split one.
+are two axes, and the layers are stacked.  Nothing else differs: the rotary embedding has the same
+half-split layout.
 
 Axis letters: N layers, D residual width, H heads, K key/value heads, h width of a head, F MLP
 width, V vocabulary.
@@ -52,7 +52,7 @@ TABLE = (
     Row(("head",), "lm_head.weight", 1),  # [D, V]; absent where it is tied
 )
 
-# What some folders hold besides, and a Llama computes from its configuration or another tensor.
+# Tensors that some folders hold although a Llama computes them.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _HEAD = TABLE[-1].tensor
 
@@ -115,7 +115,7 @@ def check(found: Mapping[str, tuple[int, ...]], arch: Architecture, shapes: Any)
       shapes: the parameters' shapes, a nested dictionary of `jax.ShapeDtypeStruct`.
 
     Raises:
-      InputError: naming a tensor that is missing, too much or of another shape.
+      InputError: naming a tensor that is missing, unexpected or of another shape.
     """
     expected = {
         name: shape for row in rows(arch) for name, _, shape in tensors(row, at(shapes, row).shape)
@@ -125,7 +125,7 @@ def check(found: Mapping[str, tuple[int, ...]], arch: Architecture, shapes: Any)
         raise InputError(f"{_some(missing)} missing from the safetensors files")
     extra = [name for name in found if name not in expected and not _computed(name, arch)]
     if extra:
-        raise InputError(f"{_some(extra)} in the safetensors files, and no part of a Llama")
+        raise InputError(f"{_some(extra)} in the safetensors files, but not part of a Llama")
     for name, shape in expected.items():
         if found[name] != shape:
             raise InputError(

@@ -1,21 +1,18 @@
-"""Folders of safetensors files, read and written tensor by tensor.
-
-A file is the length of a header (8 bytes, little-endian), the header (JSON: type, shape and place
-of each tensor) and the tensors' bytes.  Reading maps files into memory, so that only what is used
-is read, bfloat16 too; writing holds one tensor at a time, for which the safetensors library, which
-takes a file's tensors all at once, has no way.
-"""
+"""Folders of safetensors files: what tensors there are, and as many to a file as shall fit."""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from caat_jax.errors import InputError
+from caat_jax.files import read_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 5_000_000_000
@@ -23,19 +20,21 @@ MAX_FILE_BYTES = 5_000_000_000
 # The names of the types in the files, and NumPy's.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
+Shape = tuple[int, ...]
+
 
 class StoredTensor(NamedTuple):
-    """One tensor in a file; `begin` is where its bytes are."""
+    """One tensor of an open file."""
 
     path: Path
+    file: safe_open
+    name: str
     dtype: str
-    shape: tuple[int, ...]
-    begin: int
+    shape: Shape
 
     def array(self) -> np.ndarray:
-        """A read-only array whose elements are read from the file when used."""
-        dtype = jnp.dtype(self.dtype)
-        return np.memmap(self.path, dtype, mode="r", offset=self.begin, shape=self.shape)
+        """The tensor, read now."""
+        return self.file.get_tensor(self.name)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -45,19 +44,17 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
       InputError: there are none, or what is there cannot be read; the message names the file.
     """
     if (folder / INDEX).exists():
-        try:
-            weight_map = dict(json.loads((folder / INDEX).read_text())["weight_map"])
-            names = sorted(set(weight_map.values()))
-            paths = [folder / Path(name).name for name in names]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{folder / INDEX} is no index of safetensors files") from None
+        weight_map = read_json(folder / INDEX, dict).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{folder / INDEX} has no weight_map")
+        paths = [folder / Path(name).name for name in sorted(set(map(str, weight_map.values())))]
     elif (folder / FILE).exists():
         paths = [folder / FILE]
     else:
         raise InputError(f"{folder} has no {FILE} and no {INDEX}")
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
-        for name, tensor in _read_header(path).items():
+        for name, tensor in _tensors(path).items():
             if name in tensors:
                 raise InputError(f"{name} is both in {tensors[name].path} and in {path}")
             tensors[name] = tensor
@@ -65,104 +62,66 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def write(
-    folder: Path, names_and_shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: str, arrays: Any
+    folder: Path, shapes: Mapping[str, Shape], dtype: str, arrays: Iterator[np.ndarray]
 ) -> None:
     """Writes tensors of one type as `model.safetensors`, or as several files and an index.
 
     Args:
       folder: where.
-      names_and_shapes: of all tensors, in order.
+      shapes: of all tensors, in order.
       dtype: float32, bfloat16 or float16.
-      arrays: an iterable of their values in that order; each is let go before the next.
+      arrays: their values in that order; one file's are in memory at a time.
+
+    Raises:
+      InputError: a file cannot be written, the disk being full, say.
     """
-    files = _split(names_and_shapes, jnp.dtype(dtype).itemsize)
+    files = _split(shapes, jnp.dtype(dtype).itemsize)
     paths = [
         folder / (FILE if len(files) == 1 else f"model-{i:05}-of-{len(files):05}.safetensors")
         for i in range(1, len(files) + 1)
     ]
     if len(files) > 1:
         weight_map = {
-            name: path.name
-            for path, tensors in zip(paths, files, strict=True)
-            for name, _ in tensors
+            name: path.name for path, names in zip(paths, files, strict=True) for name in names
         }
-        size = sum(math.prod(shape) for _, shape in names_and_shapes) * jnp.dtype(dtype).itemsize
+        size = sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    arrays = iter(arrays)
-    for path, tensors in zip(paths, files, strict=True):
-        _write_file(path, tensors, dtype, arrays)
+    for path, names in zip(paths, files, strict=True):
+        tensors = {name: np.ascontiguousarray(next(arrays), jnp.dtype(dtype)) for name in names}
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise InputError(f"{path} cannot be written ({error})") from None
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def _tensors(path: Path) -> dict[str, StoredTensor]:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 + length:
-                raise InputError(f"{path} is cut off in its header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {
-            name: _stored_tensor(path, name, entry, 8 + length, size)
-            for name, entry in header.items()
-        }
-    except InputError:
-        raise
+        file = safe_open(path, framework="np")
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is no safetensors file") from None
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file, or is cut off ({error})") from None
+    tensors = {}
+    for name in file.keys():
+        header = file.get_slice(name)
+        kind = header.get_dtype()
+        if kind not in DTYPES:
+            raise InputError(f"{path}: {name} has type {kind}; allowed: {', '.join(DTYPES)}")
+        shape = tuple(header.get_shape())
+        tensors[name] = StoredTensor(path, file, name, DTYPES[kind], shape)
+    return tensors
 
 
-def _stored_tensor(
-    path: Path, name: str, entry: dict[str, Any], data: int, file_size: int
-) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise InputError(f"{path}: {name} has type {entry['dtype']}; allowed: {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    begin, end = entry["data_offsets"]
-    if end - begin != math.prod(shape) * jnp.dtype(dtype).itemsize or begin < 0:
-        raise InputError(f"{path}: {name} has {end - begin} bytes, which its shape does not have")
-    if data + end > file_size:
-        raise InputError(f"{path} is cut off: {name} lies beyond its end")
-    return StoredTensor(path, dtype, shape, data + begin)
-
-
-def _split(
-    names_and_shapes: Sequence[tuple[str, tuple[int, ...]]], item_bytes: int
-) -> list[list[tuple[str, tuple[int, ...]]]]:
+def _split(shapes: Mapping[str, Shape], item_bytes: int) -> list[list[str]]:
     """In order, as many tensors to a file as fit into `MAX_FILE_BYTES`, and at least one."""
-    files: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    files: list[list[str]] = [[]]
     used = 0
-    for name, shape in names_and_shapes:
+    for name, shape in shapes.items():
         size = math.prod(shape) * item_bytes
         if files[-1] and used + size > MAX_FILE_BYTES:
             files.append([])
             used = 0
-        files[-1].append((name, shape))
+        files[-1].append(name)
         used += size
     return files
-
-
-def _write_file(
-    path: Path,
-    names_and_shapes: Sequence[tuple[str, tuple[int, ...]]],
-    dtype: str,
-    arrays: Iterable[np.ndarray],
-) -> None:
-    type_name = {name: key for key, name in DTYPES.items()}[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in names_and_shapes:
-        begin, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
-        header[name] = {"dtype": type_name, "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that tensors are aligned
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for (name, shape), array in zip(names_and_shapes, arrays, strict=False):
-            assert array.shape == shape, (name, array.shape, shape)
-            values = np.ascontiguousarray(array, jnp.dtype(dtype))
-            # Not array.tofile: that does not know bfloat16.
-            file.write(values.view(np.uint8).data)

@@ -9,7 +9,7 @@ from caat_jax.errors import InputError
 from caat_jax.inference.generator import Generator
 from caat_jax.inference.sampling import Sampling
 
-# What tokenisers decode bytes to that are no UTF-8, perhaps for lack of those that follow.
+# What tokenisers decode invalid UTF-8 to, such as the first bytes of a character.
 _NOT_UTF8 = "\N{REPLACEMENT CHARACTER}"
 # So many bytes of a character may lie before its last one, some tokenisers giving one for each.
 _LONGEST_UNFINISHED = 3
@@ -81,14 +81,14 @@ class Continuation:
 def _texts(
     steps: Iterator[dict[int, int]], continuations: list[Continuation]
 ) -> Iterator[tuple[int, str, bool]]:
-    going_on = set(range(len(continuations)))
+    unfinished = set(range(len(continuations)))
     for tokens in steps:
-        for row in sorted(going_on - tokens.keys()):
+        for row in sorted(unfinished - tokens.keys()):
             yield row, continuations[row].finish(), True
-        going_on &= tokens.keys()
+        unfinished &= tokens.keys()
         for row, token in tokens.items():
             yield row, continuations[row].add(token), False
-    for row in sorted(going_on):
+    for row in sorted(unfinished):
         yield row, continuations[row].finish(), True
 
 
@@ -96,7 +96,7 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one a line.
 
     Raises:
-      InputError: the file cannot be read, is no UTF-8, or has an empty line.
+      InputError: the file cannot be read, is not UTF-8, or has an empty line.
     """
     try:
         lines = path.read_bytes().decode().splitlines()

@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from absl.testing import flagsaver
 
 from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.sections import MeshConfig
+from caat_jax.errors import InputError
 from caat_jax.huggingface import __main__ as command
 from tests import models, reference
+
+flags.FLAGS.mark_as_parsed()  # there is no command line here
 
 TOLERANCE = 1e-4
 SIZES = dict(
@@ -29,7 +35,15 @@ ROWS = np.random.default_rng(5).integers(0, 64, (2, 12), dtype=np.int32)
 def run(capsys, *arguments):
     """Exit code, stdout and stderr of the command."""
     capsys.readouterr()  # what others wrote before
-    code = command.main([str(argument) for argument in arguments])
+    given = [str(argument) for argument in arguments]
+    values = dict(flag[2:].split("=", 1) for flag in given if flag.startswith("--"))
+    code = 0
+    with flagsaver.as_parsed(**values):
+        try:
+            command.main([argument for argument in given if not argument.startswith("--")])
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
     return code, *capsys.readouterr()
 
 
