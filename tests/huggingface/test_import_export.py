@@ -272,7 +272,7 @@ def cut(path):
         (lambda source: (source / "model.safetensors").write_bytes(b"x" * 9), ["cut off"]),
         (
             lambda source: (source / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"{]"),
-            ["model.safetensors is no safetensors file"],
+            ["model.safetensors is not a safetensors file"],
         ),
         (
             lambda source: (source / "model.safetensors.index.json").write_text("{}"),
