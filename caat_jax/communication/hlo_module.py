@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -22,9 +21,24 @@ _DTYPES = {
 }
 
 
+# A computation's first line.
+_BEGINNING = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+# `[ROOT] %name = type opcode(operands), attributes`: no type has a word right before a bracket.
+_INSTRUCTION = re.compile(
+    r"\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>\S.*?) (?P<opcode>[a-z][\w\-]*)"
+    r"\((?P<operands>.*?)\)(?:, (?P<attributes>.*))?$"
+)
+# What an attribute may be: a text, groups over a mesh's axes, groups counted through, braces two
+# deep, or a word.
+_VALUE = (
+    r"""("[^"]*"|mesh\[[^\]]*\](?:, device_ids=\((?:[^()]|\([^()]*\))*\))? ?\{[^}]*\}"""
+    r"""|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{(?:[^{}]|\{[^{}]*\})*\}|[%\w.\->]+)"""
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`[ROOT] %name = result opcode(operands), attributes`."""
+    """One operation; of a constant, the value is its only operand."""
 
     name: str
     result: str  # its type, as written
@@ -34,9 +48,13 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=` at the top of the attributes, up to the comma that ends it."""
-        match = re.search(rf"(?:^|, ){name}=", self.attributes)
-        return _until_comma(self.attributes[match.end() :]) if match else None
+        """The value of `name=` at the top of the attributes."""
+        match = re.search(rf"(?:^|, ){name}={_VALUE}", self.attributes)
+        return match[1] if match else None
+
+    def integers(self, name: str) -> list[int]:
+        """The numbers in an attribute; none where it is missing."""
+        return _integers(self.attribute(name) or "")
 
     @property
     def op_name(self) -> str:
@@ -57,25 +75,22 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry: str | None = None
         self.unrecognised: list[str] = []
-        header = text.partition("\n")[0]
+        # A kernel's own metadata has line breaks.
+        header, *lines = re.sub(r'\n(?="|}})', " ", text).splitlines()
         # Replicas and partitions: without them, groups that are left empty have no members.
         counts = dict(re.findall(r"(num_partitions|replica_count)=(\d+)", header))
         self.devices = math.prod(int(count) for count in counts.values())
-        current = None
-        for line in _whole_lines(text.splitlines()[1:]):
-            begin = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-            if begin and not line.startswith(" "):
-                current = self.computations.setdefault(begin[2], {})
-                if begin[1]:
-                    self.entry = begin[2]
-            elif line.startswith("}"):
-                current = None
-            elif current is not None and line.strip():
-                instruction = _parse_instruction(line)
-                if instruction is None:
-                    self.unrecognised.append(line.strip()[:80])
-                else:
-                    current[instruction.name] = instruction
+        current: dict[str, Instruction] = {}
+        for line in lines:
+            if beginning := _BEGINNING.match(line):
+                current = self.computations.setdefault(beginning[2], {})
+                if beginning[1]:
+                    self.entry = beginning[2]
+            elif match := _INSTRUCTION.match(line):
+                instruction = _instruction(match)
+                current[instruction.name] = instruction
+            elif line.startswith(" ") and line.strip():
+                self.unrecognised.append(line.strip()[:80])
 
     @functools.cached_property
     def callers(self) -> dict[str, tuple[str, Instruction]]:
@@ -146,76 +161,14 @@ def element_types(result: str) -> list[tuple[str | None, tuple[int, ...]]]:
     ]
 
 
-def _whole_lines(lines: list[str]) -> Iterator[str]:
-    """Lines of instructions that break off inside of a bracket joined with those that follow."""
-    begun, depth = "", 0
-    for line in lines:
-        unquoted = re.sub(r'"(?:\\.|[^"\\])*"', "", line)
-        if begun or line.startswith(" "):
-            depth += unquoted.count("{") - unquoted.count("}")
-        if depth > 0:
-            begun += line + " "
-        else:
-            yield begun + line
-            begun, depth = "", 0
-
-
-def _parse_instruction(line: str) -> Instruction | None:
-    """`[ROOT] %name = type opcode(operands), attributes`."""
-    match = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
-    if not match:
-        return None
-    rest = line[match.end() :]
-    result = rest[: _closing(rest) + 1] if rest.startswith("(") else rest.partition(" ")[0]
-    rest = rest[len(result) :].lstrip()
-    opcode = re.match(r"([\w\-]+)\(", rest)
-    if not opcode:
-        return None
-    rest = rest[opcode.end() - 1 :]
-    end = _closing(rest)
-    inner = re.sub(r"/\*.*?\*/", "", rest[1:end])
-    # An operand may come with its type before its name.
-    operands = tuple(part.split()[-1].lstrip("%") for part in _split(inner) if part.strip())
+def _instruction(match: re.Match[str]) -> Instruction:
+    # Constants and parameters have a value in place of operands' names.
+    operands = re.findall(r"%([\w.\-]+)", match["operands"]) or match["operands"].split()
     return Instruction(
-        match[2], result, opcode[1], operands, rest[end + 1 :].removeprefix(", "), bool(match[1])
+        match["name"],
+        match["result"],
+        match["opcode"],
+        tuple(operands),
+        match["attributes"] or "",
+        bool(match["root"]),
     )
-
-
-def _until_comma(text: str) -> str:
-    return next(_split(text), "").strip()
-
-
-def _split(text: str) -> Iterator[str]:
-    """The parts between commas that stand outside of brackets and quotes.
-
-    `mesh[…], device_ids=(…) {…}` is one value that XLA writes with a comma in it.
-    """
-    begin = 0
-    for i, depth in _depths(text):
-        if depth == 0 and text[i] == "," and not text.startswith(", device_ids=", i):
-            yield text[begin:i]
-            begin = i + 1
-    yield text[begin:]
-
-
-def _closing(text: str) -> int:
-    """Where the bracket that `text` begins with is closed."""
-    return next(i for i, depth in _depths(text) if depth == 0 and text[i] in ")}]")
-
-
-def _depths(text: str) -> Iterator[tuple[int, int]]:
-    """Each place outside of quotes, and how many brackets are open after it."""
-    depth, quoted, i = 0, False, 0
-    while i < len(text):
-        character = text[i]
-        if quoted:
-            if character == "\\":
-                i += 1
-            elif character == '"':
-                quoted = False
-        elif character == '"':
-            quoted = True
-        else:
-            depth += (character in "([{") - (character in ")]}")
-            yield i, depth
-        i += 1
