@@ -1,7 +1,8 @@
 """Whatever configuration train.py is given, it trains or it says in one line why it does not.
 
-Most of those drawn are valid but for a field or two.  A failure names the flags, which can be
-given to train.py again.
+Most of those drawn are valid but for a field or two.  Hundreds go as far as the traced training
+step, in this process; a few are trained for a step.  A failure names the flags, which can be given
+to train.py again.
 """
 
 import collections
@@ -9,12 +10,24 @@ import itertools
 import shutil
 
 import hypothesis
+import jax
 import pytest
 import tokenizers
 from hypothesis import strategies as st
 
+from caat_jax import command_line
+from caat_jax.training import loop
 from caat_jax.training.metrics import read_metrics
-from tests.command_line import SMALL, TINY, assert_refused, flags_of, run_forked, write_texts
+from caat_jax.training.step import Programs
+from tests.command_line import (
+    SMALL,
+    TINY,
+    assert_refused,
+    flags_of,
+    run_forked,
+    run_here,
+    write_texts,
+)
 
 DIVISORS_OF_EIGHT = st.sampled_from([1, 2, 4, 8])
 # What may come before a refusal: it is no part of it.
@@ -242,22 +255,59 @@ def odd_flags(draw):
     ]
 
 
+class StepTraced(Exception):
+    """train.py has got as far as compiling the training step."""
+
+
+class TracedPrograms(Programs):
+    """Compiles nothing."""
+
+    def initial_state(self):
+        return self.state_shapes
+
+    def compile_train_step(self):
+        self.trace_train_step()
+        raise StepTraced
+
+
+def check_traced(command, folder, monkeypatch):
+    """Whether train.py traces its training step, on as many devices as the configuration says."""
+    devices = jax.devices()
+
+    def simulate_devices(mesh):
+        monkeypatch.setattr(jax, "devices", lambda: devices[: mesh.simulated_devices or 1])
+
+    with monkeypatch.context() as monkeypatch:
+        monkeypatch.setattr(command_line, "simulate_devices", simulate_devices)
+        monkeypatch.setattr(loop, "Programs", TracedPrograms)
+        try:
+            return run_here([*command, "--num_processes=1"], folder)
+        except StepTraced:
+            return None
+
+
+def refused(result, workdir):
+    """One line says why; what may come before it is no part of it, and nothing is written."""
+    code, stdout, stderr = result
+    lines = stderr.splitlines(keepends=True)
+    said = "".join(itertools.dropwhile(lambda line: line.startswith(PROGRESS), lines))
+    assert_refused((code, stdout, said))
+    assert not workdir.exists()
+    return "is refused", said
+
+
 def outcome(result, workdir):
-    """What became of train.py; fails unless it is one of what may."""
+    """What became of train.py, and what it said; fails unless it is one of what may."""
     code, stdout, stderr = result
     if code == 0:
         steps, _ = read_metrics(workdir / "metrics.jsonl")["train/loss"]
         assert list(steps) == [1]
         assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"1"}
-        return "trains"
+        return "trains", stdout
     if code == 3:
         assert stdout == "" and stderr.splitlines()[-1].startswith("error: "), stderr
-        return "diverges"
-    lines = stderr.splitlines(keepends=True)
-    said = "".join(itertools.dropwhile(lambda line: line.startswith(PROGRESS), lines))
-    assert_refused((code, stdout, said))
-    assert not workdir.exists()
-    return "is refused"
+        return "diverges", stderr
+    return refused(result, workdir)
 
 
 @pytest.fixture
@@ -272,8 +322,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.slow)])
-def test_any_configuration_trains_or_is_refused(folder, examples):
+def check_drawn(become, folder, examples, derandomize):
+    """Of drawn ones `become(command, workdir)` says what became of them, and what they printed."""
     workdir = folder / "run"
     files = {"data.files": "texts/*.txt", "data.cache_dir": "cache"}
     outcomes = collections.Counter()
@@ -281,7 +331,7 @@ def test_any_configuration_trains_or_is_refused(folder, examples):
     @hypothesis.settings(
         max_examples=examples,
         deadline=None,
-        derandomize=examples == 30,  # the same for every change of the code
+        derandomize=derandomize,
         database=None,
         # As drawn, a failure has few odd values; to shrink it takes hundreds of runs.
         phases=[hypothesis.Phase.generate],
@@ -291,15 +341,32 @@ def test_any_configuration_trains_or_is_refused(folder, examples):
     def check(valid, odd):
         shutil.rmtree(workdir, ignore_errors=True)
         flags = [*flags_of(files | valid), *odd]
-        result = run_forked(["train.py", TINY, f"--workdir={workdir}", *flags], folder)
         try:
-            became = outcome(result, workdir)
-            assert odd or became == "trains", result
+            command = ["train.py", TINY, f"--workdir={workdir}", *flags]
+            became, said = become(command, workdir)
+            assert odd or became == "trains", said
         except AssertionError as failure:
             failure.add_note(f"odd: {odd}; all flags: {flags}")
             raise
         outcomes[became] += 1
 
     check()
-    print(dict(outcomes))
     assert min(outcomes["trains"], outcomes["is refused"]) > examples / 5, outcomes
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
+def test_any_configuration_is_traced_or_refused(folder, monkeypatch):
+    def become(command, workdir):
+        result = check_traced(command, folder, monkeypatch)
+        return ("trains", "") if result is None else refused(result, workdir)
+
+    check_drawn(become, folder, examples=300, derandomize=True)
+
+
+@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.slow)])
+def test_any_configuration_trains_or_is_refused(folder, examples):
+    def become(command, workdir):
+        return outcome(run_forked(command, folder), workdir)
+
+    # The few are the same for every change of the code.
+    check_drawn(become, folder, examples, derandomize=examples == 8)
