@@ -6,8 +6,8 @@
         --config.train.accumulation_steps=1
 
 Runs the project's training step on random tokens and saves in between, as the training loop does.
-A step counts as during a save when the save was under way at its start; the call that starts the
-save, which copies the state from the devices, is counted in the first of them.
+A step counts as "during a save" if the save was in progress when the step started.  The call that
+starts the save, which copies the state from the devices, is counted in the first of these steps.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""The same Llama as `caat_jax`'s at p = 1, written plainly for one device: what to measure against.
+"""The Llama that `caat_jax` is at p = 1, written plainly for one device: the baseline.
 
 No shards, no `shard_map`, no stacked layers: RMSNorm then matrix product, einsum attention under a
 causal mask, log-softmax cross-entropy, a Python loop over a list of layers.
@@ -18,7 +18,7 @@ import optax
 
 
 def from_stacked(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`caat_jax`'s parameters with its stacked layers taken apart into a list."""
+    """`caat_jax`'s parameters, with the stacked layers as a list."""
     stacked = parameters["layers"]
     layers = len(stacked["attention"]["norm"])
     return {
@@ -28,11 +28,11 @@ def from_stacked(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_train_step(optimizer: optax.GradientTransformation, **settings: Any) -> Callable:
-    """jit-compiled (parameters, optimizer state, tokens [B, T + 1]) -> the two, and the loss.
+    """Compiled (parameters, optimizer state, tokens [B, T + 1]) -> (both updated, loss).
 
     Args:
-      optimizer: of Optax.
-      settings: as for `forward`.
+      optimizer: an Optax optimizer.
+      settings: keyword arguments of `forward`.
     """
 
     def loss(parameters: dict[str, Any], tokens: jax.Array) -> jax.Array:
@@ -62,10 +62,10 @@ def forward(
     Args:
       parameters: as `from_stacked` returns them.
       tokens_BT: token ids.
-      rope_base: of the rotary embedding.
-      norm_epsilon: of RMSNorm.
+      rope_base: base of the rotary embedding.
+      norm_epsilon: epsilon of RMSNorm.
       constrain: applied to the residual stream after every sublayer, for runs on a mesh.
-      last_only: of the last position only, [B, 1, V].
+      last_only: return the logits of the last position only, [B, 1, V].
     """
     x_BTD = constrain(parameters["embedding"][tokens_BT])
     for layer in parameters["layers"]:

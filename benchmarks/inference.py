@@ -3,11 +3,11 @@
     python -m benchmarks.inference [--rounds=7] [--devices=8] [--batches=1,8] [--lengths=64,192]
         [--new_tokens=65] [--output=inference.json] [--peer_python=PATH]
 
-Float32 at the size in `workers.py`, S = 8, greedy.  Each system lives in a process of its own,
-started for one batch size and prompt length at a time; every round measures each once, in a random
-order.  Decode is the time of --new_tokens less that of the first one.  With --peer_python, the
-Python that has torch and transformers, a Llama of transformers is measured too: with its growing
-cache, and compiled with a static one, which needs a C++ compiler.
+Float32 at the size in `workers.py`, S = 8, greedy.  Each system runs in its own process, started
+for one batch size and prompt length at a time; every round measures each system once, in random
+order.  Decode time is the time for --new_tokens minus that of the first token.  With --peer_python,
+a Python that has torch and transformers, a Llama of transformers is measured too: with its growing
+cache, and compiled with a static cache, which needs a C++ compiler.
 """
 
 import json
@@ -26,10 +26,10 @@ from caat_jax.errors import InputError
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "How often each system is measured.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 8, "Simulated CPU devices; divides 8.", lower_bound=2)
-BATCHES = flags.DEFINE_list("batches", ["1", "8"], "How many prompts at once.")
-LENGTHS = flags.DEFINE_list("lengths", ["64", "192"], "Tokens of each prompt.")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 65, "Of each prompt.", lower_bound=2)
-OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; none when empty.")
+BATCHES = flags.DEFINE_list("batches", ["1", "8"], "Numbers of prompts in a batch.")
+LENGTHS = flags.DEFINE_list("lengths", ["64", "192"], "Tokens in each prompt.")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 65, "Generated per prompt.", lower_bound=2)
+OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; empty: none.")
 PEER_PYTHON = flags.DEFINE_string("peer_python", "", "A Python with torch and transformers.")
 
 SYNC_FACTORS = (1.0, 0.5)
@@ -46,7 +46,7 @@ def main() -> None:
     rows = []
     for batch in batches:
         for length in lengths:
-            print(f"batch {batch}, prompts of {length} tokens, {NEW_TOKENS.value} new ones")
+            print(f"batch {batch}, prompts of {length} tokens, {NEW_TOKENS.value} new tokens each")
             print(f"{'system':43} {'first, ms':>9} {'ratio':>6} {'tokens/s':>9} {'ratio':>6}  base")
             rows += _measure(batch, length)
     if OUTPUT.value:
@@ -55,12 +55,12 @@ def main() -> None:
 
 def _numbers(flag: flags.FlagHolder) -> list[int]:
     if not all(text.isdecimal() and int(text) for text in flag.value):
-        raise InputError(f"--{flag.name}={','.join(flag.value)} must be numbers above 0")
+        raise InputError(f"--{flag.name}={','.join(flag.value)} must be whole numbers above 0")
     return [int(text) for text in flag.value]
 
 
 def _systems() -> dict[str, tuple[str, list[str]]]:
-    """By name: the system that its times are compared with, and the command of a worker."""
+    """By name: the system that it is compared with, and the command of its worker."""
     ours = [sys.executable, "-m", "benchmarks.inference_workers", "caat"]
     systems = {
         _name(devices, p): (_name(devices, 1.0), [*ours, f"{devices}", f"{p}"])
@@ -90,7 +90,7 @@ def _measure(batch: int, length: int) -> list[dict]:
         order = random.Random(0)
         for _ in range(ROUNDS.value):
             for key in order.sample(list(workers), len(workers)):
-                time.sleep(0.05)  # threads of the one before may spin
+                time.sleep(0.05)  # the previous system's threads may still spin
                 milliseconds[key].append(workers[key].step()[0])
     finally:
         for worker in workers.values():
@@ -119,7 +119,7 @@ def _measure(batch: int, length: int) -> list[dict]:
 
 
 def _decode(milliseconds: dict, name: str) -> list[float]:
-    """Of one token after the first, round by round."""
+    """Milliseconds of one token after the first, by round."""
     pairs = zip(milliseconds[name, NEW_TOKENS.value], milliseconds[name, 1], strict=True)
     return [(both - first) / (NEW_TOKENS.value - 1) for both, first in pairs]
 

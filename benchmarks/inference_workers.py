@@ -1,10 +1,11 @@
-"""Workers of `inference.py`: this project on simulated devices or on one, and transformers.
+"""Workers of `inference.py`: this project on simulated devices or one device, and transformers.
 
 python -m benchmarks.inference_workers caat DEVICES P BATCH LENGTH NEW_TOKENS
 python -m benchmarks.inference_workers torch dynamic|static BATCH LENGTH NEW_TOKENS
 
-A step is one greedy generation of NEW_TOKENS for BATCH prompts of LENGTH; with NEW_TOKENS = 1 it is
-the prefill.  The peers' Python needs torch and transformers, and none of this project's packages.
+A step is one greedy generation of NEW_TOKENS tokens for each of BATCH prompts of LENGTH tokens;
+with NEW_TOKENS = 1 it is the prefill.  The torch worker needs torch and transformers, but none of
+this project's dependencies.
 """
 
 import sys
@@ -42,11 +43,11 @@ def build_torch(
     """A Llama of `transformers`, two threads.
 
     Args:
-      cache_kind: "dynamic": its growing cache, nothing compiled; "static": a cache of a fixed
-        length, prefill and decode each compiled.
-      batch: how many prompts.
-      length: tokens of each.
-      new_tokens: of each.
+      cache_kind: "dynamic" for the growing cache, without compilation; "static" for a cache of
+        fixed length, with prefill and decode each compiled.
+      batch: number of prompts.
+      length: tokens in each prompt.
+      new_tokens: tokens to generate for each prompt.
     """
     import torch
     import transformers
@@ -62,10 +63,10 @@ def build_torch(
     if cache_kind == "static":
         cache = transformers.StaticCache(model.config, max_cache_len=length + new_tokens)
         with torch.inference_mode():
-            choose(prompts, cache)  # allocates it, which compiled code must not do
+            choose(prompts, cache)  # allocates the cache, which compiled code must not do
         prefill, decode = (torch.compile(choose, dynamic=False, fullgraph=True) for _ in range(2))
 
-    # Not `model.generate`, which takes longer: only what the model itself needs.
+    # Only what the model itself needs: `model.generate` takes longer.
     @torch.inference_mode()
     def step() -> float:
         if cache_kind == "static":

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# Operations are named after what they come from: JAX's function, or XLA's operation.
+# Operations are named after their origin: a function of JAX or an operation of XLA.
 _COLLECTIVE = re.compile(r"psum|pmax|pmin|all[-_]|reduce[-_]scatter|collective")
 
 Interval = tuple[float, float]
@@ -18,13 +18,13 @@ def profile(
 
     Args:
       workload: returns the milliseconds of one step of each of its parts, such as {"train": 812.5}.
-        A part's programs have its name's first word in theirs.
-      steps: how many steps of each part the workload does.
+        The names of a part's programs contain the first word of the part's name.
+      steps: how many steps of each part the workload runs.
 
     Returns:
-      Of each part, in milliseconds of a step: "total"; "collective", in which one was under way,
-      so waiting for other processes is in it; "operation", in which there was none but another
-      operation.  The rest of the total is neither: Python, and starting programs.
+      For each part, in milliseconds per step: "total"; "collective", while a collective was in
+      progress, which includes waiting for other processes; and "operation", while only other
+      operations were.  The rest of the total is Python and the start of programs.
     """
     import jax  # after the workers have set their environment
 

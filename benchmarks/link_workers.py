@@ -1,15 +1,15 @@
-"""Workers of `links.py`: one process on each host, for all variants of one kind of system.
+"""Workers of `links.py`: one process on each host for all variants of one kind of system.
 
 python -m benchmarks.link_workers ours P[,P...] HOSTS HOST PORT SIZES
 python -m benchmarks.link_workers dense replicated,sequence HOSTS HOST PORT SIZES
 python -m benchmarks.link_workers torch - HOSTS HOST PORT SIZES
 
-Variants share processes, and so connections: what differs between them is what they compute and
-send.  PORT is free on host0; SIZES is a JSON object of `Sizes`.  A worker that has compiled says
-what it has, by variant, in a line of JSON.  Then it reads requests, [variant, workload, "time" or
-"profile"], does that workload together with the other hosts' workers, and answers with the
-milliseconds of each of its parts, or with those that `link_profile` found.  The torch peer needs
-torch, transformers and accelerate, and none of this project's packages.
+Variants share processes, and therefore connections, so that they differ only in what they compute
+and send.  PORT must be free on host0; SIZES is a `Sizes` as JSON.  Once a worker has compiled, it
+describes its variants in a line of JSON.  Then it reads requests, [variant, workload, "time" or
+"profile"], runs the workload together with the other hosts' workers, and answers with the
+milliseconds of each of its parts, or with what `link_profile` measured.  The torch peer needs
+torch, transformers and accelerate, but none of this project's dependencies.
 """
 
 import dataclasses
@@ -28,16 +28,16 @@ from benchmarks import link_profile
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a worker is."""
+    """Where a worker runs."""
 
     hosts: int
     host: int
-    port: int  # of process 0's host, host0
+    port: int  # of the coordinator, on host0
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A batch of prompts and how they are continued; parts are named after `prompts`."""
+    """A batch of prompts and the length of its continuation; parts are named after `prompts`."""
 
     batch: int
     prompt_length: int
@@ -50,7 +50,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the model and of the workloads; float32."""
+    """The sizes of the model and of the workloads; float32."""
 
     layers: int
     embed_dim: int
@@ -63,13 +63,13 @@ class Sizes:
 
     @classmethod
     def from_json(cls, text: str) -> "Sizes":
-        """Of `json.dumps(dataclasses.asdict(sizes))`."""
+        """The inverse of `json.dumps(dataclasses.asdict(sizes))`."""
         fields = json.loads(text)
         generations = tuple(Generation(**case) for case in fields.pop("generations"))
         return cls(generations=generations, **fields)
 
 
-# What a worker does when asked: the milliseconds of its parts, such as {"train": 812.5}.
+# What a worker runs when asked; returns the milliseconds of the parts, such as {"train": 812.5}.
 Workloads = dict[str, Callable[[], dict[str, float]]]
 
 
@@ -101,9 +101,9 @@ def build_ours(p: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
 
 
 def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
-    """The same model at p = 1 in plain JAX: weights split over `model`, the rest the compiler's.
+    """The same model at p = 1 in plain JAX: weights split over `model`, the rest automatic.
 
-    The residual stream is whole on each host ("replicated"), or split by position ("sequence").
+    The residual stream is whole on each host ("replicated") or split by position ("sequence").
     """
     import jax
     import jax.numpy as jnp
@@ -155,7 +155,7 @@ def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, d
         *state, loss = train(*state, batch)
         return state, loss
 
-    # The donated state takes its parameters along.
+    # The training state is donated, and its parameters with it.
     kept = jax.tree.map(jnp.copy, parameters)
     forward = jax.jit(
         lambda weights, tokens: dense_baseline.forward(
@@ -175,7 +175,7 @@ def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, d
 
 
 def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
-    """A Llama of `transformers` under tp_plan="auto", its dynamic cache: generation only."""
+    """A Llama of `transformers` with tp_plan="auto" and a dynamic cache: generation only."""
     import tempfile
 
     import torch
@@ -191,7 +191,7 @@ def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        # Before there is a process group: in one, the first process alone would save.
+        # Before there is a process group, in which only the first process would save.
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
         os.environ.update(
             MASTER_ADDR="host0",
@@ -222,7 +222,7 @@ def build_torch(_: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
 
 
 def _join(place: Place) -> None:
-    """The other hosts' JAX."""
+    """Connects to JAX on the other hosts."""
     from caat_jax.devices import processes
 
     processes.join(
@@ -231,7 +231,7 @@ def _join(place: Place) -> None:
 
 
 def _programs(p: float, place: Place, sizes: Sizes) -> Any:
-    """Those of a factor, on a mesh of one device of each host."""
+    """The programs for a factor, on a mesh with one device of each host."""
     from caat_jax.config.resolve import resolve
     from caat_jax.devices import sharding
     from caat_jax.training.step import Programs
@@ -258,7 +258,7 @@ def _programs(p: float, place: Place, sizes: Sizes) -> Any:
 
 
 def _train_step(step: Callable, state: Any, batch: Any) -> Callable[[], None]:
-    """`step(state, batch)`, which returns the next state and values, as a function of nothing."""
+    """A function without arguments that runs `step(state, batch)` -> (next state, values)."""
     import jax
 
     def one() -> None:
@@ -283,7 +283,7 @@ def _prompts(sizes: Sizes, case: Generation) -> np.ndarray:
 
 
 def _generation(stream: Callable[[], Any], case: Generation) -> dict[str, float]:
-    """Until the first token, and for each of the others."""
+    """Milliseconds until the first token, and for each token after it."""
     start = time.perf_counter()
     tokens = iter(stream())
     next(tokens)
@@ -298,7 +298,7 @@ def _generation(stream: Callable[[], Any], case: Generation) -> dict[str, float]
 
 
 def _steps(sizes: Sizes) -> dict[str, int]:
-    """How many of each part a workload does."""
+    """How many steps of each part a workload runs."""
     parts = {"train": 1}
     for case in sizes.generations:
         parts |= {f"prefill {case.prompts}": 1, f"decode {case.prompts}": case.new_tokens - 1}
@@ -334,7 +334,7 @@ def main() -> None:
         else:
             answer = workload()
         print(json.dumps(answer), file=replies)
-    # Nobody waits for anybody: all have been told to end.
+    # Without waiting for the other hosts, which have all been told to end.
     os._exit(0)
 
 

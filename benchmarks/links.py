@@ -4,17 +4,17 @@
         [--workload=train --workload=prefill --workload=decode] [--rounds=5] [--output=links]
         [--generate=1x64+17,64x8+9] [--peer_python=PATH] [--no_baselines]
 
-Hosts are network namespaces of this machine (`network.py`), links of the given rate in both
-directions; S = M = the number of hosts.  On each host one process does every p, in random order:
-processes that are alike differ by 5 % in how they share the cores and the network.  Every system is
-measured without a limit and at every rate, once a round; `--rate=none` is without a limit only.
-Then every workload of this project's runs once more under JAX's profiler.  Writes OUTPUT.json,
-OUTPUT.csv and OUTPUT.png.
+Hosts are network namespaces of this machine (`network.py`), whose links have the given rate in both
+directions; S = M = the number of hosts.  On each host one process runs every p, in random order,
+because even identical processes differ by 5 % in how they share the cores and the network.  Every
+system is measured without a limit and at every rate, once per round; `--rate=none` measures only
+without a limit.  Then each of this project's workloads runs once more under JAX's profiler.  Writes
+OUTPUT.json, OUTPUT.csv, OUTPUT.md and OUTPUT.png.
 
-The bound: at a rate, a system needs at least its time without a limit and the time that its bytes
-take on the link, T(p) >= T(p; no limit) + bytes(p) / rate.  The bytes are counted in the program
-(`caat_jax.communication.traced_programs`); "reached" is the measured speed-up over p = 1 as a part
-of the bound's.
+The bound: at a given rate, a system needs at least its time without a limit plus the time that its
+bytes take on the link, T(p) >= T(p; no limit) + bytes(p) / rate.  The bytes are counted in the
+program (`caat_jax.communication.traced_programs`); "reached" is the measured speed-up over p = 1 as
+a fraction of the bound's.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ from benchmarks.workers import ROOT
 from caat_jax import command_line
 from caat_jax.errors import InputError
 
-HOSTS = flags.DEFINE_integer("hosts", 4, "How many; also S and M.", 2)
+HOSTS = flags.DEFINE_integer("hosts", 4, "Number of hosts; also S and M.", 2)
 RATES = flags.DEFINE_multi_string(
     "rate",
     ["25mbit", "100mbit", "400mbit"],
-    "Of each link and direction, as tc writes it: 100mbit, 2gbit; or none.",
+    "Rate of each link in each direction, as tc writes it: 100mbit, 2gbit; or none.",
 )
 FACTORS = flags.DEFINE_multi_float("p", [1.0, 0.5, 0.25], "Synchronisation factors; 1 is added.")
 WORKLOAD = flags.DEFINE_multi_enum("workload", WORKLOADS, WORKLOADS, "What to measure.")
@@ -51,15 +51,15 @@ PEER_PYTHON = flags.DEFINE_string(
     "peer_python", "", "A Python with torch, transformers and accelerate, to measure them too."
 )
 NO_BASELINES = flags.DEFINE_bool("no_baselines", False, "Leave out the dense model under jit.")
-LAYERS = flags.DEFINE_integer("layers", 12, "Of the model.", 1)
-EMBED_DIM = flags.DEFINE_integer("embed_dim", 256, "Of the model; the MLP has three times that.", 8)
-TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Sequences of a training step.", 1)
-LENGTH = flags.DEFINE_integer("length", 128, "Tokens of a training sequence.", 8)
+LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the model.", 1)
+EMBED_DIM = flags.DEFINE_integer("embed_dim", 256, "Width; the MLP is three times as wide.", 8)
+TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Sequences in a training step.", 1)
+LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a training sequence.", 8)
 GENERATE = flags.DEFINE_list(
     "generate",
     ["1x64+17", "64x8+9"],
-    "Cases: how many prompts at once x tokens of each + new tokens of each.  The generator pads"
-    " prompts to 8 * 2**k tokens and makes 1 + 8 k new ones: others are slower than need be.",
+    "Cases: prompts in a batch x tokens in each + new tokens for each.  The generator pads prompts"
+    " to 8 * 2**k tokens and makes 1 + 8 k new ones; other numbers are slower than necessary.",
 )
 
 FIRST_PORT = 12345
@@ -98,7 +98,7 @@ def main() -> None:
             hosts.set_rate(megabits)
             _measure(measured, rate, systems)
             links_report.print_rate(measured, rate)
-            # What there is: a run may be cut off.
+            # After every rate, since a run may be cut off.
             links_report.write(measured, about, Path(OUTPUT.value))
     finally:
         for each in workers:
@@ -133,7 +133,7 @@ def _generation(text: str) -> Generation:
 
 
 def _rates() -> dict[str, float | None]:
-    """By name: Mbit/s, and first of all no limit."""
+    """Mbit/s by name; the first is no limit."""
     rates: dict[str, float | None] = {NO_LIMIT: None}
     for text in RATES.value:
         if text == NO_LIMIT:
@@ -148,7 +148,7 @@ def _rates() -> dict[str, float | None]:
 
 
 def _kinds(factors: list[float]) -> list[tuple[str, dict[str, str], str]]:
-    """Of workers: the kind, its variants with the names of their systems, the Python."""
+    """For each kind of worker: its name, its variants and their systems' names, its Python."""
     kinds = [("ours", {f"{p}": links_report.our_name(p) for p in factors}, sys.executable)]
     if not NO_BASELINES.value:
         kinds.append(("dense", DENSE, sys.executable))
@@ -158,7 +158,7 @@ def _kinds(factors: list[float]) -> list[tuple[str, dict[str, str], str]]:
 
 
 class Workers:
-    """One process on each host, which work together when asked."""
+    """One process on each host; they run a workload together when asked."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class Workers:
         port: int,
         sizes: Sizes,
     ):
-        """Starts them; returns when they have compiled."""
+        """Starts the processes, and returns when they have compiled."""
         number = len(hosts.names)
         self._kind = kind
         self._errors = [tempfile.TemporaryFile("w+") for _ in range(number)]
@@ -190,7 +190,7 @@ class Workers:
         self.has: dict[str, dict[str, Any]] = self._answers()[0]
 
     def ask(self, variant: str, workload: str, wanted: str) -> list[dict[str, Any]]:
-        """The answers of all to a request."""
+        """The answers of all processes to a request."""
         for process in self._processes:
             process.stdin.write(json.dumps([variant, workload, wanted]) + "\n")
             process.stdin.flush()
@@ -203,7 +203,7 @@ class Workers:
                 if not line:
                     errors.seek(0)
                     print(errors.read(), file=sys.stderr)
-            raise InputError(f"a worker of the kind {self._kind} ended; what it said is above")
+            raise InputError(f"a {self._kind} worker ended; its output is above")
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class Workers:
 
 
 class System:
-    """A variant of what some workers do."""
+    """A variant of a kind of workers."""
 
     def __init__(self, name: str, workers: Workers, variant: str, *, is_ours: bool):
         self.name, self.is_ours = name, is_ours
@@ -225,17 +225,17 @@ class System:
         self.wire_bytes: dict[str, float] = about.get("wire_bytes", {})
 
     def run(self, workload: str) -> dict[str, float]:
-        """Milliseconds of a step of each of its parts, on the slowest host."""
+        """For each part of the workload, the milliseconds of a step on the slowest host."""
         answers = self._workers.ask(self._variant, workload, "time")
         return {part: max(answer[part] for answer in answers) for part in answers[0]}
 
     def profile(self, workload: str) -> dict[str, dict[str, float]]:
-        """Of each of its parts, what `link_profile` finds on the first host."""
+        """For each part of the workload, what `link_profile` finds on the first host."""
         return self._workers.ask(self._variant, workload, "profile")[0]
 
 
 def _measure(measured: Measurements, rate: str, systems: list[System]) -> None:
-    """Adds what it takes at the rate that the links have now."""
+    """Adds the times at the links' present rate."""
     training = {"train"} & set(WORKLOAD.value)
     generating = {"generate"} if set(WORKLOAD.value) - {"train"} else set()
     asked = [

@@ -1,4 +1,4 @@
-"""What `links.py` measured: speed-ups, their bounds and where the time went; tables, a picture."""
+"""Reports what `links.py` measured: tables and a plot of speed-ups, bounds and times."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ NO_LIMIT = "none"
 
 
 def our_name(p: float) -> str:
-    """Of this project's system with the factor p."""
+    """The name of this project's system at p."""
     return f"caat_jax, p = {p:g}"
 
 
@@ -31,17 +31,17 @@ class Measurements:
     """Times and profiles, by (rate, system, part)."""
 
     def __init__(self, rates: dict[str, float | None], wire_bytes: dict[str, dict[str, float]]):
-        """Rates in Mbit/s, by name; the bytes that a host sends in a step, by system and part."""
+        """Takes Mbit/s by rate, and the bytes that a host sends in a step, by system and part."""
         self.rates, self.wire_bytes = rates, wire_bytes
         self.times: dict[tuple[str, str, str], list[float]] = {}
         self.profiles: dict[tuple[str, str, str], dict[str, float]] = {}
 
     def add_time(self, rate: str, system: str, part: str, milliseconds: float) -> None:
-        """Of one more round."""
+        """Adds the time of one more round."""
         self.times.setdefault((rate, system, part), []).append(milliseconds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One for each part, rate and system; times in milliseconds."""
+        """One row for each part, rate and system; times in milliseconds."""
         rows = [self._row(*key) for key in self.times]
         systems = list(self.wire_bytes)
         return sorted(
@@ -92,10 +92,10 @@ class Measurements:
 
 
 def print_rate(measured: Measurements, rate: str) -> None:
-    """A table for each part."""
+    """Prints a table for each part."""
     rows = [row for row in measured.rows() if row["rate"] == rate]
     for part in dict.fromkeys(row["part"] for row in rows):
-        print(f"\n{part}, link {rate}; in collectives and computing: of one profiled run")
+        print(f"\n{part}, link {rate}; in collectives and computing: from one profiled run")
         print(
             f"{'':32}{'ms':>9} {'speed-up':>8} {'bound':>6} {'reached':>7} {'link ms':>8}"
             f" {'in coll.':>8} {'comput.':>8}"
@@ -114,7 +114,7 @@ def print_rate(measured: Measurements, rate: str) -> None:
 
 
 def write(measured: Measurements, about: dict[str, Any], output: Path) -> None:
-    """OUTPUT.json, OUTPUT.csv, OUTPUT.md and OUTPUT.png."""
+    """Writes OUTPUT.json, OUTPUT.csv, OUTPUT.md and OUTPUT.png."""
     paths = [output.with_name(output.name + suffix) for suffix in (".json", ".csv", ".md", ".png")]
     json_path, csv_path, markdown_path, png_path = paths
     rows = measured.rows()
@@ -130,7 +130,7 @@ def write(measured: Measurements, about: dict[str, Any], output: Path) -> None:
 
 
 def markdown_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The same for a page: "speed-up" of p < 1, "others" than this project, "time" spent."""
+    """Markdown tables: "speed-up" of p < 1, "others" relative to p = 1, and "time" spent."""
     parts, rates, systems = (
         list(dict.fromkeys(row[name] for row in rows)) for name in ("part", "rate", "system")
     )
@@ -198,7 +198,7 @@ def _times_spent(row: dict[str, Any]) -> list[float]:
 
 @figures.style()
 def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path) -> None:
-    """Speed-up over p = 1 against the rate of the link, with the bound."""
+    """Plots the speed-up over p = 1, and its bound, by the rate of the link."""
     parts = list(dict.fromkeys(row["part"] for row in rows))
     ours = list(dict.fromkeys(row["system"] for row in rows if "bound_ms" in row))
     measured = {row["rate"] for row in rows}
@@ -221,5 +221,5 @@ def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path
 
 
 def _part_order(part: str) -> tuple[int, ...]:
-    """As in WORKLOADS, then by batch."""
+    """The order of WORKLOADS, then by batch."""
     return WORKLOADS.index(workload_of(part)), *map(int, re.findall(r"\d+", part))

@@ -1,9 +1,9 @@
 """Hosts with limited links on one Linux machine: network namespaces on a bridge.
 
-The program that uses them first starts itself again in namespaces of its own (`isolate`), of users,
-mounts, processes and networks.  All that is made inside, links and processes, belongs to those
-namespaces, and the kernel takes it away with the program, however that ends.  Needs iproute2 and
-util-linux, and root or a kernel that gives users namespaces.
+A program that uses them first restarts itself in its own namespaces (`isolate`) for users, mounts,
+processes and networks.  Everything created inside, links and processes, belongs to those
+namespaces, and the kernel removes it with the program, however the program ends.  Needs iproute2
+and util-linux, and root or a kernel that lets users create namespaces.
 """
 
 import os
@@ -17,19 +17,19 @@ from pathlib import Path
 from caat_jax.errors import InputError
 
 _INSIDE = "CAAT_JAX_NETWORK_INSIDE"
-# It dies with the one who starts it, and with it all processes inside.
+# Dies with the process that starts it, as do all processes inside.
 _UNSHARE = [
     *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--user", "--map-root-user"),
     *("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
 ]
-# Of a shaper's bucket: what may pass at once.  At least two of the kernel's largest segments, and
-# what flows in 4 ms, the longest that a timer of 250 Hz may be late.
+# The size of a shaper's bucket, that is, what may pass at once: at least two of the kernel's
+# largest segments, and what flows in 4 ms, the most that a timer of 250 Hz can be late.
 _LEAST_BURST_BYTES, _BURST_SECONDS = 128 * 1024, 0.004
 
 
 def unavailable() -> str | None:
-    """Why there can be no hosts on this machine; None: there can."""
+    """Why this machine cannot have such hosts; None if it can."""
     programs = {
         "ip": "iproute2",
         "tc": "iproute2",
@@ -52,15 +52,17 @@ def unavailable() -> str | None:
     )
     if tried.returncode:
         said = (tried.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return f"this user may make no network namespaces ({said}); run it as root"
+        return f"this user may not create network namespaces ({said}); run it as root"
     return None
 
 
 def isolate(module: str) -> None:
-    """Runs `python -m module` with the same arguments inside, and ends as it does; there returns.
+    """Runs `python -m module` with the same arguments in new namespaces, and exits as it does.
+
+    Returns only inside those namespaces.
 
     Raises:
-      InputError: this machine or this user cannot.
+      InputError: this machine or this user cannot create them.
     """
     if _INSIDE in os.environ:
         return
@@ -75,7 +77,7 @@ def isolate(module: str) -> None:
 
 
 class Hosts:
-    """Hosts `host0`, `host1`, … with one link each to a switch; to be made once, inside."""
+    """Hosts `host0`, `host1`, …, each with a link to a switch; created once, after `isolate`."""
 
     def __init__(self, number: int):
         self.names = [f"host{host}" for host in range(number)]
@@ -113,7 +115,7 @@ class Hosts:
                     )
 
     def command(self, host: int, command: list[str]) -> list[str]:
-        """The command, on a host; that is then the machine's name."""
+        """The command that runs a command on a host, with the host's name as the machine's."""
         name = self.names[host]
         script = 'hostname "$0" && exec "$@"'
         return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", script, name, *command]

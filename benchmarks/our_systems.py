@@ -1,9 +1,9 @@
-"""Workers of this project: `caat_jax` on simulated devices or on one, and the dense baseline.
+"""Workers of this project: `caat_jax` on simulated devices or one device, and the dense baseline.
 
 python -m benchmarks.our_systems caat DEVICES P
 python -m benchmarks.our_systems dense
 
-Started by `step_time.py`.  Both have the same parameters, batch and optimizer, so that their first
+Started by `step_time.py`.  Both use the same parameters, batch and optimizer, so that their first
 losses can be compared.
 """
 
@@ -41,7 +41,7 @@ def build_dense() -> tuple[Callable[[], float], str]:
     programs, batch = programs_and_batch(devices=1, p=1.0)
     model = programs.config.model
     parameters = dense_baseline.from_stacked(programs.initial_state().parameters)
-    # Layers are no longer stacked: what is no vector is a matrix.
+    # Layers are no longer stacked, so every array that is not a vector is a matrix.
     optimizer = optimizer_lib.create(
         programs.config.optimizer, jax.tree.map(lambda w: ("axis",) * w.ndim, parameters)
     )

@@ -1,9 +1,9 @@
-"""Compiles the paper's models for TPU pods that are not there: the table of docs/communication.md.
+"""Compiles the paper's models for TPU pods that need not exist: the table of docs/communication.md.
 
     python -m benchmarks.paper_pods
 
-Needs requirements-tpu.txt and 8 GB of memory; takes about 20 minutes on two cores.  Each pod is
-compiled four times: at p = 0.5 and 1, with and without rematerialisation.
+Needs the extra `tpu` and 8 GB of memory; takes about 20 minutes on two cores.  Each pod is compiled
+four times: at p = 0.5 and 1, with and without rematerialisation.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ LAYER_LOOP = ("layer forward", "layer backward")
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A model on a topology; `accumulation` with layers rematerialised, `_without` otherwise."""
+    """A model on a topology, with the microbatches it takes with and without rematerialisation."""
 
     config: str
     topology: str
     accumulation: int
     accumulation_without: int
-    remat: bool = True  # the one whose memory and compile time the table shows
+    remat: bool = True  # the variant whose memory and compile time the table shows
     slices: int = 1
 
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def row(pod: Pod, bar: tqdm.tqdm) -> str:
-    """One line of the table; a tuple of audits is one of p = 0.5 and one of p = 1."""
+    """One line of the table."""
     half, full = audits(pod, pod.remat, bar)
     other = audits(pod, not pod.remat, bar)
     problems = {p for found in (half, full, *other) for p in found.unrecognised}
@@ -91,7 +91,7 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
 
 
 def audits(pod: Pod, remat: bool, bar: tqdm.tqdm) -> tuple[Audit, Audit]:
-    """At p = 0.5 and at p = 1."""
+    """The audits at p = 0.5 and at p = 1."""
     found = []
     devices = topology.tpu_devices(pod.topology, pod.slices)
     config, sizes = config_of(pod, remat), mesh_of(pod, remat)
@@ -118,7 +118,7 @@ def mesh_of(pod: Pod, remat: bool) -> MeshConfig:
 
 
 def layer_loop_ratio(half: Audit, full: Audit) -> str:
-    """Of forward and backward, one number where they are the same."""
+    """The ratios forward and backward; one number where they are the same."""
     ratios = [
         half.wire_bytes("model", (place,)) / full.wire_bytes("model", (place,))
         for place in LAYER_LOOP

@@ -3,7 +3,7 @@
 python -m benchmarks.peers torch eager|compile eager|sdpa
 python -m benchmarks.peers nanodo DEVICES CHECKOUT
 
-Started by `step_time.py` with the peers' own Python, which needs none of this project's packages:
+Started by `step_time.py` with the peers' own Python, which needs no dependency of this project:
     pip install torch transformers              (for PyTorch; compiling needs a C++ compiler)
     pip install jax flax optax orbax-checkpoint grain ml_collections tensorflow_datasets \
         sentencepiece array_record              (for nanodo, and a checkout of it)
@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import workers as sizes
 
-# nanodo's MLP has two matrices, not three: this width makes the matrix products as large.
+# nanodo's MLP has two matrices instead of three; this width makes its products as large.
 NANODO_MLP_DIM = sizes.MLP_DIM * 3 // 2
 
 
@@ -52,7 +52,7 @@ def build_torch(mode: str, attention: str) -> tuple[Callable[[], float], str]:
 
 
 def torch_llama(**options: Any) -> tuple[Any, str]:
-    """A `transformers.LlamaForCausalLM` on two threads, with these of its options; versions."""
+    """A `transformers.LlamaForCausalLM` with these options, on two threads, and its versions."""
     import torch
     import transformers
 
@@ -76,7 +76,7 @@ def build_nanodo(devices: int, checkout: str) -> tuple[Callable[[], float], str]
 
     jax.config.update("jax_num_cpu_devices", devices)
     sys.path.insert(0, checkout)
-    # Its logging and progress hooks, which would need TensorFlow; a training step uses neither.
+    # Its logging and progress hooks would need TensorFlow; a training step uses neither.
     sys.modules["clu"] = mock.MagicMock()
     config = importlib.import_module("nanodo.configs.default").get_config()
     nanodo = importlib.import_module("nanodo.train")
@@ -108,7 +108,7 @@ def build_nanodo(devices: int, checkout: str) -> tuple[Callable[[], float], str]
 
 def _tokens(length: int) -> np.ndarray:
     shape = sizes.BATCH, length
-    # nanodo takes 0 to be padding.
+    # nanodo treats 0 as padding.
     return np.random.default_rng(0).integers(1, sizes.VOCAB_SIZE, size=shape, dtype=np.int32)
 
 

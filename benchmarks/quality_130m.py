@@ -1,20 +1,20 @@
-"""Quality and step time of the paper's 130M on one device: p = 1 against p = 0.5, all shards local.
+"""Quality and step time of the paper's 130M model on one device: p = 1 against p = 0.5.
 
     python -m benchmarks.quality_130m --config=configs/llama_130m.py --workdir=DIR --minutes=20
 
-Trains a tokeniser on the corpus, measures one training step of both in turn, works out how many
-steps N both can do in the time, and trains both for N steps from the same seed on the same batches.
-DIR gets
+All shards are on that device.  Trains a tokeniser on the corpus, measures one training step of both
+in turn, works out how many steps N both can take in the time, and trains both for N steps from the
+same seed on the same batches.  DIR gets
 
-    tokenizer.json                      kept when it is there already
+    tokenizer.json                      reused if it exists
     plan.json                           N, the step times, and the configuration they belong to
     p_1.0, p_0.5                        the two runs, as train.py would leave them
     quality_130m.json, quality_130m.png
 
-The same command again goes on where it was stopped, with the N of plan.json.  Both models are held
-on the device at once while they are measured.  N sets `train.steps` and `optimizer.decay_steps`,
-and shortens warm-up and the time between evaluations and checkpoints where they are long for it;
-the configuration's synchronisation factors are not used.
+The same command resumes where it was stopped, with the N of plan.json.  While they are measured,
+both models are on the device at once.  N sets `train.steps` and `optimizer.decay_steps`, and
+shortens the warm-up and the intervals of evaluations and checkpoints where they are long for N
+steps.  The configuration's synchronisation factors are not used.
 
 This has been run at small sizes on a CPU, not yet at full size.
 """
@@ -52,18 +52,18 @@ from caat_jax.training.step import Programs
 
 _CONFIG = command_line.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written.", required=True)
-_MINUTES = flags.DEFINE_float("minutes", 20.0, "For both trainings together.")
+_MINUTES = flags.DEFINE_float("minutes", 20.0, "Time for both runs together.")
 _STEPS = flags.DEFINE_integer(
     "steps",
     None,
-    "N, instead of what --minutes allow.",
+    "N, instead of as many as --minutes allows.",
     lower_bound=1,
     upper_bound=field_checks.LARGEST_INTEGER,
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
     "vocab_size",
     32_000,
-    "Ids of the tokeniser at most; a small corpus may not hold so many.",
+    "The most ids of the tokeniser; a small corpus may not yield as many.",
     lower_bound=train_tokenizer.SMALLEST,
 )
 
@@ -71,14 +71,14 @@ SYNC_FACTORS = (1.0, 0.5)
 _WARM_UP_STEPS, _ROUNDS = 2, 9
 # The rest of --minutes is for compiling, evaluating and saving.
 _TRAINING_SHARE = 0.85
-_EVALUATIONS, _CHECKPOINTS = 10, 4  # of a run at least, where it has so many steps
+_EVALUATIONS, _CHECKPOINTS = 10, 4  # at least, in a run with enough steps
 
 
 def main(config: Config) -> None:
     workdir = user_paths.expanded("--workdir", _WORKDIR.value).absolute()
     command_line.simulate_devices(config.mesh)
     _check(config, workdir)
-    # What is compared with later calls: without what this benchmark sets.
+    # Later calls are compared with this: the configuration without what this benchmark sets.
     given = config.with_sync_factor(SYNC_FACTORS[0])
     plan = _stored_plan(workdir / "plan.json", given)
     path = _tokenizer(workdir, config)
@@ -110,7 +110,7 @@ def main(config: Config) -> None:
 
 
 def _check(config: Config, workdir: Path) -> None:
-    """Refuses, before anything is written, what cannot work."""
+    """Refuses input that cannot work, before anything is written."""
     if not 0 < _MINUTES.value < math.inf:
         raise InputError(f"--minutes={_MINUTES.value} must be above 0 and finite")
     if config.data.tokenizer != "bytes":
@@ -125,7 +125,7 @@ def _check(config: Config, workdir: Path) -> None:
         )
     if len(jax.devices()) != 1:
         raise InputError(
-            f"there are {len(jax.devices())} devices, and all shards shall be on 1; hide the others"
+            f"there are {len(jax.devices())} devices, and all shards must be on 1; hide the others"
             " (mesh.simulated_devices=0, CUDA_VISIBLE_DEVICES=0)"
         )
     resolve_mesh(config, devices=1)
@@ -133,10 +133,10 @@ def _check(config: Config, workdir: Path) -> None:
 
 
 def _stored_plan(path: Path, given: Config) -> dict[str, Any] | None:
-    """That of the first call with this workdir, if there was one.
+    """The plan of the first call with this workdir, if there was one.
 
     Raises:
-      InputError: it was made with another configuration or another --steps.
+      InputError: that call had a different configuration or different --steps.
     """
     if not path.exists():
         return None
@@ -144,38 +144,37 @@ def _stored_plan(path: Path, given: Config) -> dict[str, Any] | None:
         plan = files.read_json(path, dict)
         stored, steps = from_json(plan["config"]), plan["steps"]
     except (InputError, KeyError):
-        raise InputError(f"{path} is no plan of this benchmark; move it away") from None
+        raise InputError(f"{path} is not a plan of this benchmark; move it away") from None
     if _STEPS.value not in (None, steps):
         raise InputError(f"--steps={_STEPS.value} must be {steps}, as in {path}, or left out")
     differing = difference(stored, given)
     if differing:
         raise InputError(
-            f"{path} is of another configuration ({'; '.join(differing)}); give another --workdir"
+            f"{path} has a different configuration ({'; '.join(differing)}); give another --workdir"
         )
-    print(f"going on with the {steps:,} steps of {path}", file=sys.stderr)
+    print(f"resuming the {steps:,} steps of {path}", file=sys.stderr)
     return plan
 
 
 def _tokenizer(workdir: Path, config: Config) -> Path:
-    """The path of the workdir's tokeniser, which is trained when there is none."""
+    """The path of the workdir's tokeniser, which is trained if it does not exist."""
     path = workdir / "tokenizer.json"
     if path.exists():
-        print(f"{path} is there already and kept", file=sys.stderr)
+        print(f"{path} exists and is reused", file=sys.stderr)
         return path
-    # Elsewhere at first: a corpus that cannot serve leaves no workdir, and an end no half of it.
+    # Elsewhere first, so that a corpus that cannot be used leaves no workdir behind.
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder, path.name)
         size = train_tokenizer.train(config.data, _VOCAB_SIZE.value, str(trained))
         _write(path, trained.read_text(encoding="utf-8"))
-    print(f"{path} is trained: {size:,} ids", file=sys.stderr)
+    print(f"{path}: trained, {size:,} ids", file=sys.stderr)
     return path
 
 
 def _measure(config: Config, sequences: TokenSequences) -> dict[str, list[float]]:
-    """Milliseconds of one training step by run, one a round.
+    """Milliseconds of one training step, by run and round.
 
-    Each round does one step of each, in a random order, so that what else the machine does falls
-    on both.
+    Each round takes one step of each in random order, so that other load affects both.
     """
     mesh = sharding.create_mesh(resolve_mesh(config, devices=1))
     memory.check_training(config, mesh)
@@ -204,19 +203,19 @@ def _measure(config: Config, sequences: TokenSequences) -> dict[str, list[float]
 
 
 def _steps_within(minutes: float, milliseconds: dict[str, list[float]]) -> int:
-    """How many steps of each run there is time for."""
+    """The number of steps that each run has time for."""
     both = sum(statistics.median(times) for times in milliseconds.values()) / 1000
     steps = int(60 * minutes * _TRAINING_SHARE / both)
     if not steps:
         raise InputError(
             f"--minutes={minutes} must be more: a step of both takes {both / 60:.2g} minutes, and"
-            f" {_TRAINING_SHARE:.0%} of the time are for steps"
+            f" {_TRAINING_SHARE:.0%} of the time is for steps"
         )
     return min(steps, field_checks.LARGEST_INTEGER)
 
 
 def _run(config: Config, p: float, plan: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """Trains, or goes on training, one of the two; returns what the result says about it."""
+    """Trains or resumes one of the two runs; returns its entry in the result."""
     steps, train, optimizer = plan["steps"], config.train, config.optimizer
     config = dataclasses.replace(
         config.with_sync_factor(p),
@@ -248,7 +247,7 @@ def _run(config: Config, p: float, plan: dict[str, Any], workdir: Path) -> dict[
             "least": min(times),
             "most": max(times),
         },
-        # Within a round, so that what disturbed both cancels out.
+        # Within a round, so that disturbances of both cancel out.
         "step_time_ratio": statistics.median(a / b for a, b in zip(times, base, strict=True)),
         "tokens_per_second": tokens_per_second,
         "mfu": peak and tokens_per_second * flops / peak,

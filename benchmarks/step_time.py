@@ -1,13 +1,13 @@
-"""Time of one training step: this project, the plain dense model, and other people's systems.
+"""The time of one training step: this project, the plain dense model, and other systems.
 
     python -m benchmarks.step_time [--rounds=9] [--devices=8] [--output=step_time.json]
         [--peers] [--peer_python=PATH] [--nanodo=PATH]
 
-Forward, backward, clipping and AdamW in float32 at the size in `workers.py`; caat_jax with S = 8
-shards on simulated CPU devices and on one device, the dense baseline on one, and with --peers what
-`peers.py` holds.  Each system lives in its own process.  Every round measures one step of each, in
-a random order, so that whatever else the machine does falls on all; ratios are taken within a
-round.  Takes one and a half minutes on two idle cores, three with --peers.
+Forward, backward, clipping and AdamW in float32 at the size in `workers.py`: caat_jax with S = 8
+shards, on simulated CPU devices and on one device; the dense baseline on one device; and with
+--peers the systems of `peers.py`.  Each system runs in its own process.  Every round measures one
+step of each, in random order, so that other load on the machine affects all of them; ratios are
+taken within a round.  Takes one and a half minutes on two idle cores, three with --peers.
 """
 
 import json
@@ -30,21 +30,21 @@ from caat_jax.errors import InputError
 
 ROUNDS = flags.DEFINE_integer("rounds", 9, "How often each system is measured.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 8, "Simulated CPU devices; divides 8.", lower_bound=2)
-OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; none when empty.")
+OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; empty: none.")
 PEERS = flags.DEFINE_bool("peers", False, "Measure transformers and nanodo too.")
 PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "The Python that has the peers.")
 NANODO = flags.DEFINE_string("nanodo", "", "A checkout of google-deepmind/nanodo.")
 
 SYNC_FACTORS = (1.0, 0.5, 0.25)
 DENSE = "dense baseline, 1 device"
-# A relative difference of the first losses beyond which the baseline is another model.
+# If the first losses differ by more (relative), the baseline is not the same model.
 LOSS_TOLERANCE = 1e-4
-# Threads of the step before may spin this long before they sleep.
+# Threads of the previous step may spin this long before they sleep.
 PAUSE_SECONDS = 0.05
 
 
 class System(NamedTuple):
-    """What to measure; `base` is the name of the system that its time is divided by."""
+    """A system to measure; `base` names the system whose time its own is divided by."""
 
     name: str
     base: str
@@ -110,7 +110,7 @@ def _name(devices: int, p: float) -> str:
 
 
 def _start(systems: list[System]) -> list[tuple[System, Worker]]:
-    """Starts one after the other; those that cannot run say so and are left out."""
+    """Starts the systems one after the other; prints and leaves out those that cannot run."""
     running = []
     for system in systems:
         worker = Worker(system.command)
@@ -136,7 +136,7 @@ def _check_same_model(running: list[tuple[System, Worker]]) -> None:
 def _measure(
     running: list[tuple[System, Worker]],
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Each system's milliseconds, one a round: by the clock, and of processor time."""
+    """Each system's milliseconds by round: by the clock, and of processor time."""
     clock, processor = ({system.name: [] for system, _ in running} for _ in range(2))
     order = random.Random(0)
     for _ in range(ROUNDS.value):

@@ -1,9 +1,9 @@
 """Worker processes that run one training step when asked and report how long it took.
 
-Every system of a comparison lives in a process of its own: with its own Python, its own number of
-simulated devices and its own memory.  A worker that is not asked waits for a line on its standard
-input and uses no processor, so that systems can be measured in turn.  Standard library only: the
-peers' Python may hold nothing of this project's.
+Every system of a comparison runs in its own process, with its own Python, number of simulated
+devices and memory.  An idle worker waits for a line on its standard input and uses no processor, so
+that systems can be measured in turn.  This module uses the standard library only, since the peers'
+Python need not have this project's dependencies.
 """
 
 import json
@@ -27,15 +27,15 @@ VOCAB_SIZE = 512
 BATCH = 16
 LENGTH = 256
 SHARDS = 8
-# The decay that all AdamW configurations share; what the rate is has no influence on the time.
+# Shared by all AdamW configurations; the values do not influence the time.
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIP_NORM = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 class Worker:
-    """A running system, from the side of the one who asks."""
+    """A running system, seen from the process that measures it."""
 
     def __init__(self, command: list[str], root: Path = ROOT):
-        """Starts `python -m benchmarks...`, and returns when it has compiled and warmed up."""
+        """Starts a worker, and returns when it has compiled and warmed up."""
         with tempfile.TemporaryFile("w+") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -50,11 +50,11 @@ class Worker:
                 self.first: dict[str, Any] = json.loads(line)
             else:
                 errors.seek(0)
-                said = errors.read().strip().splitlines() or ["it said nothing"]
+                said = errors.read().strip().splitlines() or ["no output"]
                 self.first = {"skipped": f"ended with code {self._process.wait()}: {said[-1]}"}
 
     def step(self) -> tuple[float, float]:
-        """One more step: milliseconds by the clock, and of processor time over all threads."""
+        """Runs a step: milliseconds by the clock, and of processor time over all threads."""
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -69,10 +69,10 @@ class Worker:
 
 
 def serve(build: Callable[[], tuple[Callable[[], float], str]]) -> None:
-    """The side of the one who is asked: reports, then runs one step for every line read.
+    """Runs a worker: reports what was built, then runs one step for every line read.
 
     Args:
-      build: returns (step, versions); `step()` does one whole training step, waits for it and
+      build: returns (step, versions); `step()` runs one whole training step, waits for it and
         returns its loss.
     """
     # Replies go to what was standard output; whatever libraries print goes to standard error.

@@ -1,7 +1,7 @@
-"""Every field there is, with its default.  The other files in this folder override some of them.
+"""All fields with their defaults.  The other files in this folder override some of them.
 
-Not meant to be run as it is: it describes no particular model.  Any field can be overridden on
-the command line, for example `--config.model.sync_factor=0.25`.
+Not meant to be run as it is, since it describes no particular model.  Any field can be overridden
+on the command line, for example `--config.model.sync_factor=0.25`.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
             rope_base=10_000.0,
             # Llama 3's slower rotation for longer texts (Hugging Face's rope_type "llama3"): pairs
             # of channels that turn fewer than low_turns times in original_length tokens turn
-            # `factor` times slower, those that turn more than high_turns times as before.
+            # `factor` times slower; those that turn more than high_turns times are unchanged.
             rope_scaling_factor=1.0,  # 1: none
             rope_scaling_low_turns=1.0,
             rope_scaling_high_turns=4.0,
@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
             norm_epsilon=1e-5,
             tp_shards=8,  # S
             sync_factor=1.0,  # p of every sublayer
-            # p per layer, instead of sync_factor when not empty: one entry a layer, each a number
-            # or a pair (attention, MLP), e.g. (1.0, 0.5, (0.5, 0.0), 0.5).
+            # p per layer, which replaces sync_factor if not empty: one entry per layer, each a
+            # number or a pair (attention, MLP), e.g. (1.0, 0.5, (0.5, 0.0), 0.5).
             sync_factor_per_layer=(),
         )
     )
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     config.compute = ConfigDict(
         dict(
             dtype="float32",  # of activations and matrix products: float32 or bfloat16
-            forward_wire_dtype="",  # of the forward partial channel-reduce; empty: as dtype
+            forward_wire_dtype="",  # of the forward partial channel-reduce; empty: same as dtype
             backward_wire_dtype="float32",  # of its transpose, in the backward pass
             remat=False,  # recompute each layer in the backward pass (its all-reduces excepted)
             scan_layers=True,  # False unrolls the layers: slower to compile, faster on CPUs
@@ -68,14 +68,14 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         dict(
-            # One of these two; with both empty, the running Python's standard library source.
+            # At most one of these two; if both are empty, the source of Python's standard library.
             tfds_name="",  # a TFDS dataset prepared as array_record, e.g. "c4/en:3.0.1"
             files="",  # a glob of UTF-8 text files, one document each, e.g. "~/books/**/*.txt"
-            tfds_data_dir="",  # where TFDS datasets lie; empty: TFDS's own default
+            tfds_data_dir="",  # where TFDS datasets are; empty: TFDS's own default
             text_feature="text",  # the feature of a TFDS dataset that holds the document
             train_split="train",
-            # Empty: validation documents are held out of train_split, one in holdout_every, by a
-            # digest of their text, so that identical documents fall on one side.
+            # Empty: one document in holdout_every is held out of train_split for validation, chosen
+            # by a digest of its text, so that identical documents are in the same split.
             eval_split="",
             holdout_every=20,
             encoding_errors="strict",  # bytes that are not UTF-8: strict, replace or ignore
@@ -103,21 +103,22 @@ def get_config() -> ConfigDict:
         dict(
             steps=100,
             global_batch=16,  # sequences in one update, over all devices and accumulation steps
-            accumulation_steps=1,  # split each batch into this many, one after the other
+            accumulation_steps=1,  # microbatches in a batch, run one after the other
             log_every=1,
             eval_every=100,  # and at the last step
-            eval_sequences=256,  # validation sequences a validation loss reads; -1: all
+            eval_sequences=256,  # validation sequences read for a validation loss; -1: all
             checkpoint_every=100,  # and at the last step
             checkpoints_to_keep=2,
-            # An update is skipped where the loss or its gradient is not finite; with more than so
-            # many in a row the run ends.
+            # An update is skipped if the loss or its gradient is not finite; the run ends after
+            # more than this many in a row.
             skipped_updates_allowed=10,
             profile_step=-1,  # write one jax.profiler trace of this step; -1: none
-            # Other synchronisation factors up to some steps: stages (last step, factor), ascending,
-            # each factor a number or an entry a layer as in model.sync_factor_per_layer.  After the
-            # last stage the model's own apply, which are also those that communication.py and
-            # step_time.py look at.  ((500, 1.0),) begins synchronised; ((0, 1.0),) goes on from an
-            # imported dense model, whose step 0 was at p = 1.
+            # Different synchronisation factors for the first steps: stages (last step, factor) in
+            # ascending order, where a factor is a number or one entry per layer as in
+            # model.sync_factor_per_layer.  After the last stage the model's own factors apply;
+            # caat_jax.communication and caat_jax.step_time examine only those.  ((500, 1.0),)
+            # starts synchronised; ((0, 1.0),) continues from an imported dense model, whose step 0
+            # was at p = 1.
             sync_schedule=(),
         )
     )

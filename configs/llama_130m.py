@@ -3,10 +3,10 @@
     python train.py --config=configs/llama_130m.py --workdir=runs/130m \
         --config.data.tfds_name=c4/en --config.data.tokenizer=tokenizer.model
 
-Needs a corpus, a SentencePiece tokeniser with 32,000 ids, and at least one accelerator; a mesh
-`model` size of 8 for the paper's setting, where each of 4 microbatches fits into 16 GB.  The
-figures are those of the authors' run script; their run stopped at step 30,010 of the 500,000 that
-its learning rate was planned for.
+Needs a corpus, a SentencePiece tokeniser with 32,000 ids and at least one accelerator.  In the
+paper's setting, `mesh.model` is 8, and each of the 4 microbatches fits into 16 GB.  The figures are
+those of the authors' run script; their run stopped at step 30,010 of the 500,000 for which its
+learning rate was planned.
 """
 
 from configs import base

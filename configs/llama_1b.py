@@ -5,7 +5,7 @@
 
 Needs a corpus, a SentencePiece tokeniser with 32,000 ids, and a pod with a multiple of 8
 accelerators: `model` is 8, the parameters are also sharded over `fsdp`, and the global batch of
-1,024 sequences is taken in 16 parts.
+1,024 sequences is split into 16 microbatches.
 """
 
 from configs import llama_130m

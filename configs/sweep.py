@@ -2,8 +2,8 @@
 
     python -m caat_jax.sweep --config=configs/sweep.py --workdir=runs/sweep --jobs=2
 
-All S shards of a run lie on one device.  A sweep of one's own is a file like this one: `run` is any
-configuration, `grid` has those of its fields that vary, each with a tuple of values.
+All S shards of a run are on one device.  Your own sweep is a file like this one: `run` is any
+configuration, `grid` holds the fields that vary, each with a tuple of values.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def get_config():
             seed=(0, 1, 2),
         )
     )
-    # Differences, and their confidence intervals over the seeds, are taken from this field's first
-    # value, all others being equal.
+    # Differences and their confidence intervals over the seeds are relative to this field's first
+    # value, with all other fields equal.
     config.compared = "model.sync_factor"
     return config

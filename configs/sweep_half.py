@@ -1,11 +1,12 @@
-"""Half of the communication: shed from the start or later, spread evenly or by sensitivity.
+"""Half of the communication: dropped from the start or later, evenly or by sensitivity.
 
     python -m caat_jax.sweep --config=configs/sweep_half.py --workdir=runs/half --jobs=2
 
-18 runs of the model of `configs/sweep.py` with S = 8: fully synchronised throughout, up to the
-middle (which is continued training from that checkpoint), or never, before half of the channels
-are.  Spread by sensitivity means the factors that `python -m caat_jax.sensitivity --budget=0.5`
-found for the run of `configs/sweep.py` with p = 1, S = 8 and seed 0.
+18 runs of the model of `configs/sweep.py` with S = 8.  They synchronise all channels throughout,
+half of them from the start, or half of them from the middle on (continued training from the p = 1
+checkpoint there).  The half is spread evenly or by sensitivity, that is, with the factors that
+`python -m caat_jax.sensitivity --budget=0.5` found for the run of `configs/sweep.py` with p = 1,
+S = 8 and seed 0.
 """
 
 from ml_collections import ConfigDict

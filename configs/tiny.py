@@ -1,10 +1,10 @@
-"""A 3.4 M-parameter CAAT-Net on bytes of Python source: what `make train` runs.
+"""A 3.5 M-parameter CAAT-Net on bytes of Python source, trained by `make train`.
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
 
 S = 8 shards on 8 simulated CPU devices, p = 0.5.  Needs two cores, 2 GB of memory and no download:
-the text is the standard library of the Python that runs it.  Takes about three minutes; the
-validation loss ends below 2.0 nats per byte.
+the text is the standard library of the Python that runs it.  Takes about three minutes, and ends
+with a validation loss below 2.0 nats per byte.
 """
 
 from configs import base

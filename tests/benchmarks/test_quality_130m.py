@@ -122,7 +122,7 @@ def test_same_command_goes_on(run, finished, tmp_path):
     (workdir / "quality_130m.json").unlink()
     code, stdout, stderr = run(f"--workdir={workdir}", "--minutes=100")
     assert code == 0, stderr
-    assert "going on with the" in stderr and "tokenizer.json is there already" in stderr
+    assert "resuming the" in stderr and "tokenizer.json exists" in stderr
     assert (result_of(workdir), stdout) == (result_of(finished[0]), finished[1])
 
 
@@ -180,7 +180,7 @@ def test_workdir_that_cannot_be(run, tmp_path):
     (tmp_path / "file").touch()
     assert_refused(run(f"--workdir={tmp_path}/file/run"), "is a file; give a folder")
     (tmp_path / "plan.json").write_text("{}")
-    assert_refused(run(f"--workdir={tmp_path}"), "plan.json is no plan of this benchmark")
+    assert_refused(run(f"--workdir={tmp_path}"), "plan.json is not a plan of this benchmark")
 
 
 @pytest.mark.slow
