@@ -1,10 +1,10 @@
-"""RMSNorm folded behind the matrix product that follows it, with derivatives written by hand.
+"""RMSNorm folded behind the matrix product that follows it, with a derivative written by hand.
 
     RMSNorm(x; γ) @ W = (x @ (γ ⊙ W)) / rms(x)
 
 The root mean square is one number a token, so it commutes with the product, and the normalised
-stream is never written to memory.  What is here differs from what autodiff would make of that line
-in speed alone.
+stream is never written to memory.  The product of the private channels does not need the shared
+ones, so that it can run while they are being reduced.
 
 Axis letters: B batch, T sequence, D residual width, G groups of shards on this device, w common
 channels, n columns of a shard group (`partial_sync.py`).
@@ -34,31 +34,27 @@ def norm_and_project(
       epsilon: added to the mean square.
       out_dtype: of the result; the stream's type by default.
     """
-    common, private = stream
-    out_dtype = common.dtype if out_dtype is None else out_dtype
-    if stream.grouping.groups == 1:
-        return _normalised_product(common, columns.common, epsilon, out_dtype)[None]
-    product = _product_by_group(stream, columns, out_dtype)
-    square_sum = _square_sum(private) + _square_sum(common)
-    width = common.shape[-1] + private.shape[-1]
-    return _times_token(product, lax.rsqrt(square_sum / width + epsilon))
+    out_dtype = stream.common.dtype if out_dtype is None else out_dtype
+    if stream.private.shape[-1]:
+        return _split_product(stream, columns, epsilon, out_dtype)
+    return _whole_product(stream.common, columns.common, epsilon, out_dtype)[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _normalised_product(
+def _whole_product(
     x_BTD: jax.Array, weight_Dn: jax.Array, epsilon: float, out_dtype: jnp.dtype
 ) -> jax.Array:
-    """(x @ W) / rms(x), [B, T, n], for one group."""
-    return _normalised_product_forward(x_BTD, weight_Dn, epsilon, out_dtype)[0]
+    """(x @ W) / rms(x), [B, T, n], where no channel is private."""
+    return _whole_product_forward(x_BTD, weight_Dn, epsilon, out_dtype)[0]
 
 
-def _normalised_product_forward(x, weight, epsilon, out_dtype):
+def _whole_product_forward(x, weight, epsilon, out_dtype):
     inverse_rms = lax.rsqrt(_square_sum(x) / x.shape[-1] + epsilon)
     product = jnp.matmul(x, weight, preferred_element_type=out_dtype)
     return _times_token(product, inverse_rms), (x, weight, inverse_rms)
 
 
-def _normalised_product_backward(epsilon, out_dtype, residuals, gradient):
+def _whole_product_backward(epsilon, out_dtype, residuals, gradient):
     # With r = 1/rms(x) and g = r·gradient @ Wᵀ:  dx = g − r²/D · (x·g) · x.  Autodiff would take
     # the inner product over the n columns instead of D channels, and keep another [B, T, n].
     x, weight, inverse_rms = residuals
@@ -70,48 +66,63 @@ def _normalised_product_backward(epsilon, out_dtype, residuals, gradient):
     return x_gradient - correction, weight_gradient
 
 
-_normalised_product.defvjp(_normalised_product_forward, _normalised_product_backward)
+_whole_product.defvjp(_whole_product_forward, _whole_product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_by_group(stream: Stream, columns: Columns, out_dtype: jnp.dtype) -> jax.Array:
-    """x @ W, [G, B, T, n]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _split_product(
+    stream: Stream, columns: Columns, epsilon: float, out_dtype: jnp.dtype
+) -> jax.Array:
+    """(x @ W) / rms(x), [G, B, T, n]: common and private channels apart."""
+    return _split_product_forward(stream, columns, epsilon, out_dtype)[0]
+
+
+def _split_product_forward(stream, columns, epsilon, out_dtype):
     common, private = stream
-    # The product is transposed, not the matrix, as one `einsum` would have it: in decode, which
-    # multiplies one token of each sequence, the matrix is the larger array by far.
-    of_common = jnp.matmul(common, columns.common, preferred_element_type=out_dtype)
-    of_common = of_common.reshape(*of_common.shape[:-1], len(private), -1)
-    of_private = jnp.einsum(
+    product = jnp.einsum(
         "gbtd,gdn->gbtn", private, columns.private, preferred_element_type=out_dtype
     )
-    return jnp.moveaxis(of_common, -2, 0) + of_private
+    if common.shape[-1]:
+        # The product is transposed, not the matrix, as one `einsum` would have it: in decode, which
+        # multiplies one token of each sequence, the matrix is the larger array by far.
+        of_common = jnp.matmul(common, columns.common, preferred_element_type=out_dtype)
+        of_common = of_common.reshape(*of_common.shape[:-1], len(private), -1)
+        product += jnp.moveaxis(of_common, -2, 0)
+    width = common.shape[-1] + private.shape[-1]
+    square_sum = _square_sum(private) + _square_sum(common)
+    inverse_rms = lax.rsqrt(square_sum / width + epsilon)
+    result = _times_token(product, inverse_rms)
+    return result, (stream, columns, inverse_rms, result)
 
 
-def _product_by_group_forward(stream, columns, out_dtype):
-    return _product_by_group(stream, columns, out_dtype), (stream, columns)
-
-
-def _product_by_group_backward(_, residuals, gradient):
-    # The gradient is the first operand: XLA for CPUs transposes another array then than in the
-    # derivative of the above, which makes a training step at G = 8 an eighth longer.
-    (common, private), columns = residuals
-    gradient = gradient.astype(common.dtype)
+def _split_product_backward(epsilon, out_dtype, residuals, gradient):
+    # The inner product x·g of `_whole_product_backward` is that of gradient and result, so that no
+    # gradient of a stream waits for that of the other channels.
+    (common, private), columns, inverse_rms, result = residuals
+    width = common.shape[-1] + private.shape[-1]
+    inner = jnp.sum(gradient.astype(jnp.float32) * result, axis=-1)
+    factor_GBT = jnp.square(inverse_rms) * inner / width
+    gradient = _times_token(gradient, inverse_rms).astype(common.dtype)
     groups, _, n = columns.private.shape
     common_columns = columns.common.reshape(len(columns.common), groups, n)
+    # The gradient is the first operand: XLA for CPUs transposes another array then than otherwise,
+    # which would make a training step at G = 8 an eighth longer.
+    common_gradient = jnp.einsum("gbtn,dgn->btd", gradient, common_columns)
+    private_gradient = jnp.einsum("gbtn,gdn->gbtd", gradient, columns.private)
+    stream_gradient = Stream(
+        common_gradient - _times_token(common, jnp.sum(factor_GBT, axis=0)),
+        private_gradient - _times_token(private, factor_GBT),
+    )
     of_common = jnp.einsum("gbtn,btd->gnd", gradient, common)
     of_private = jnp.einsum("gbtn,gbtd->gnd", gradient, private)
     columns_gradient = Columns(
         jnp.moveaxis(of_common, -1, 0).reshape(columns.common.shape),
         jnp.swapaxes(of_private, 1, 2),
     )
-    stream_gradient = Stream(
-        jnp.einsum("gbtn,dgn->btd", gradient, common_columns),
-        jnp.einsum("gbtn,gdn->gbtd", gradient, columns.private),
-    )
     return stream_gradient, columns_gradient
 
 
-_product_by_group.defvjp(_product_by_group_forward, _product_by_group_backward)
+_split_product.defvjp(_split_product_forward, _split_product_backward)
 
 
 def _square_sum(x: jax.Array) -> jax.Array:

@@ -16,13 +16,10 @@ the shared ones.  At p = 1 all streams are equal: ordinary tensor parallelism, a
 Backward is the exact derivative: the same sum, over the gradients of the first D_s channels.
 
 How a device keeps its streams (`Stream`).  Everything here runs inside `jax.shard_map`; a device of
-the `model` mesh axis (size M) holds L = S/M shards.  Channels that are equal on all its shards are
-kept once, the others for each group of shards:
-
-    G = 1, w = D   one array [B, T, D] as in a dense model: when L = 1 or nothing is private
-    G = L, w < D   w common channels [B, T, w], and [L, B, T, D - w] private ones
-
-w is the smallest D_s of any sublayer: a channel that is private once stays private.
+the `model` mesh axis (size M) holds L = S/M shards.  The w channels that are equal on all shards
+throughout are kept once [B, T, w], the others for each shard [L, B, T, D - w].  w is the smallest
+D_s of any sublayer: a channel that is private once stays private.  Where nothing is private, w = D,
+the device's shards are one group (G = 1) and compute as one; else each is its own (G = L).
 
 Axis letters: B batch, T sequence, D residual width, G groups of shards on this device, w common
 channels, n columns of a shard group, k rows of a shard group.
@@ -56,8 +53,7 @@ class Stream(NamedTuple):
         return Grouping(self.private.shape[0], self.common.shape[-1])
 
 
-# The logical axes of all streams of a model, as they cross the boundary of a `jax.shard_map`: a
-# `Stream` of `at_boundary` on each device.
+# The logical axes of all streams of a model, as they cross the boundary of a `jax.shard_map`.
 STREAM_AXES = Stream(
     common=("batch", "sequence", "residual"), private=("shards", "batch", "sequence", "residual")
 )
@@ -83,9 +79,7 @@ class SublayerWeights(NamedTuple):
 
 def grouping(local_shards: int, smallest_sync_width: int, width: int) -> Grouping:
     """That of residual streams of `width` channels."""
-    if local_shards == 1 or smallest_sync_width == width:
-        return Grouping(1, width)
-    return Grouping(local_shards, smallest_sync_width)
+    return Grouping(1 if smallest_sync_width == width else local_shards, smallest_sync_width)
 
 
 def start(x_BTD: jax.Array, local_shards: int, smallest_sync_width: int) -> Stream:
@@ -110,32 +104,23 @@ def project_and_add(
       The streams x_j + z_j.
     """
     common, private = stream
-    parts = []
-    if weights.shared.shape[-1]:
-        partial = jnp.einsum("gbtk,gkd->btd", activations_GBTk, weights.shared)
-        parts.append(all_reduce(partial, wire)[None])
-    if weights.private.shape[-1]:
-        parts.append(jnp.einsum("gbtk,gkd->gbtd", activations_GBTk, weights.private))
-    if stream.grouping.groups == 1:
-        return Stream(common + jnp.concatenate(parts, axis=-1)[0], private)
+    own_GBTd = jnp.einsum("gbtk,gkd->gbtd", activations_GBTk, weights.private)
+    if not weights.shared.shape[-1]:
+        return Stream(common, private + own_GBTd)
+    partial_BTd = jnp.einsum("gbtk,gkd->btd", activations_GBTk, weights.shared)
+    shared_BTd = all_reduce(partial_BTd, wire)
     width = common.shape[-1]
-    if width:
-        common += parts[0][0, ..., :width]
-        parts[0] = parts[0][..., width:]
-    if private.shape[-1]:
-        parts = [jnp.broadcast_to(p, (len(private), *p.shape[1:])) for p in parts if p.shape[-1]]
-        private += jnp.concatenate(parts, axis=-1)
-    return Stream(common, private)
+    if width < shared_BTd.shape[-1]:  # another sublayer has a smaller D_s
+        synchronised = jnp.broadcast_to(
+            shared_BTd[..., width:], (*own_GBTd.shape[:-1], shared_BTd.shape[-1] - width)
+        )
+        own_GBTd = jnp.concatenate([synchronised, own_GBTd], axis=-1)
+    return Stream(common + shared_BTd[..., :width], private + own_GBTd)
 
 
-def at_boundary(stream: Stream, smallest_sync_width: int) -> Stream:
-    """The streams as `STREAM_AXES` has them: w common channels, the others of every shard."""
-    common, private = stream
-    width = smallest_sync_width
-    if width < common.shape[-1]:  # one shard a device keeps both in one array
-        common, private = common[..., :width], common[None, ..., width:]
-    # Equal on all devices already; this says so to `shard_map`.
-    return Stream(lax.pmax(common, "model"), private)
+def at_boundary(stream: Stream) -> Stream:
+    """The streams, the common channels marked as what they are: equal on all devices."""
+    return Stream(lax.pmax(stream.common, "model"), stream.private)
 
 
 def scaled_columns(

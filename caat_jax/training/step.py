@@ -21,7 +21,7 @@ from caat_jax.devices import sharding, xla_options
 from caat_jax.model import loss
 from caat_jax.model.partial_sync import STREAM_AXES, Stream, at_boundary
 from caat_jax.model.scopes import HEAD_AND_LOSS
-from caat_jax.model.transformer import Blueprint, smallest_sync_width
+from caat_jax.model.transformer import Blueprint
 from caat_jax.training import optimizer
 
 LOGITS_AXES = ("batch", "sequence", "vocab")
@@ -241,7 +241,7 @@ class Programs:
         varying = sharding.mark_varying(parameters, self.blueprint.specs)
         model = self.blueprint.bind(varying)
         stream = model.run_layers(model.embed(tokens))
-        return at_boundary(stream, smallest_sync_width(self.config.model))
+        return at_boundary(stream)
 
     def _logits(self, parameters: Any, rows: jax.Array) -> jax.Array:
         """float32 [G, B, T, v] of token sequences [B, T + 1]."""
