@@ -151,7 +151,7 @@ def test_report_begins_anew_for_another(report_of, other):
 @pytest.mark.parametrize("content", ["", "3", "[1]", "{"])
 def test_file_that_is_no_report_is_kept(report_of, tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(InputError, match=r"evaluation\.json is no report"):
+    with pytest.raises(InputError, match=r"evaluation\.json is not a report"):
         report_of()
     assert (tmp_path / "evaluation.json").read_text() == content
 
