@@ -13,13 +13,14 @@ import sys
 import jax
 import tqdm
 
+from caat_jax.communication import exposure
 from caat_jax.communication.audit import Audit, audit
+from caat_jax.communication.collectives import LAYER_LOOP
 from caat_jax.config.resolve import resolve, resolve_mesh
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.devices import chips, sharding, topology
+from caat_jax.devices.chips import Chip
 from caat_jax.training.step import Programs
-
-LAYER_LOOP = ("layer forward", "layer backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ PODS = (
 HEADER = (
     "| model | pod | mesh | microbatches | compile, s | GiB per device | of the chip's"
     " | layer loop, GB: p = 0.5 / 1 | ratio | ratio, other remat | whole `model`, GB: p = 0.5 / 1"
-    " | ratio | exposed, GB: p = 0.5 / 1 |\n"
+    " | ratio | layers exposed, %: p = 0.5 / 1 |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
@@ -66,9 +67,10 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
     other = audits(pod, not pod.remat, bar)
     problems = {p for found in (half, full, *other) for p in found.unrecognised}
     assert not problems, problems
-    devices = topology.tpu_devices(pod.topology, pod.slices)
+    devices = topology.devices(pod.topology, pod.slices)
     memory = half.memory_bytes["together"]
-    share = memory / chips.by_device_kind(devices[0].device_kind).memory_bytes
+    chip = chips.by_device_kind(devices[0].device_kind)
+    share = memory / chip.memory_bytes
     loop = [layer_loop_ratio(*pair) for pair in ((half, full), other)]
     accumulation = pod.accumulation if pod.remat else pod.accumulation_without
     sizes = mesh_of(pod, pod.remat)
@@ -85,7 +87,7 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
         loop[1],
         side_by_side(half, full),
         f"{half.wire_bytes('model') / full.wire_bytes('model'):.4f}",
-        side_by_side(half, full, exposed_only=True),
+        " / ".join(f"{exposed_share(found, sizes, chip):.0%}" for found in (half, full)),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -93,7 +95,7 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
 def audits(pod: Pod, remat: bool, bar: tqdm.tqdm) -> tuple[Audit, Audit]:
     """The audits at p = 0.5 and at p = 1."""
     found = []
-    devices = topology.tpu_devices(pod.topology, pod.slices)
+    devices = topology.devices(pod.topology, pod.slices)
     config, sizes = config_of(pod, remat), mesh_of(pod, remat)
     for p in (0.5, 1.0):
         bar.set_description(f"{pod.config} {pod.topology} p = {p}, remat {remat}")
@@ -113,7 +115,7 @@ def config_of(pod: Pod, remat: bool) -> Config:
 
 
 def mesh_of(pod: Pod, remat: bool) -> MeshConfig:
-    devices = len(topology.tpu_devices(pod.topology, pod.slices))
+    devices = len(topology.devices(pod.topology, pod.slices))
     return resolve_mesh(config_of(pod, remat), devices)
 
 
@@ -126,8 +128,14 @@ def layer_loop_ratio(half: Audit, full: Audit) -> str:
     return " / ".join(f"{ratio:.6g}" for ratio in dict.fromkeys(ratios))
 
 
-def side_by_side(half: Audit, full: Audit, *places, **kind) -> str:
-    sent = [found.wire_bytes("model", *places, **kind) / 1e9 for found in (half, full)]
+def exposed_share(found: Audit, mesh: MeshConfig, chip: Chip) -> float:
+    """Of the time of the layers' transfers over `model`."""
+    time = exposure.of_all(found.over("model", LAYER_LOOP), chip, vars(mesh))
+    return time.exposed / time.transfer
+
+
+def side_by_side(half: Audit, full: Audit, *places) -> str:
+    sent = [found.wire_bytes("model", *places) / 1e9 for found in (half, full)]
     return " / ".join(f"{each:.4g}" for each in sent)
 
 

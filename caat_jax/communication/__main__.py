@@ -2,11 +2,12 @@
 
     python -m caat_jax.communication --config=configs/llama_7b.py --topology=v5p:4x4x4
 
-Compiles a program, ahead of time and without allocating anything, for a TPU pod that need not be
-there (--topology) or for the devices of this machine, and lists every collective operation in it;
-then compiles it again with everything synchronised (p = 1), and compares.  --program=train is the
-step that `train.py` runs; prefill and decode are those of `generate.py`, decode being one token of
---batch sequences whose cache has --length slots.  --json prints the same for programs.
+Compiles a program, ahead of time and without allocating anything, for a TPU pod or for GPUs that
+need not be there (--topology), or for the devices of this machine.  Lists every collective
+operation in it, how long it takes on the chip's links, and what of that no computation hides; then
+compiles the program again with everything synchronised (p = 1), and compares.  --program=train is
+the step that `train.py` runs; prefill and decode are those of `generate.py`, decode being one token
+of --batch sequences whose cache has --length slots.  --json prints it as JSON.
 docs/communication.md explains the columns.
 """
 
@@ -32,7 +33,7 @@ PROGRAMS = ("train", "prefill", "decode")
 _CONFIG = command_line.config_flag()
 _PROGRAM = flags.DEFINE_string("program", "train", f"What to compile: {', '.join(PROGRAMS)}.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", "", f"A TPU pod, such as {topology.EXAMPLES}; empty: this machine's devices."
+    "topology", "", f"A TPU pod or GPUs: {topology.EXAMPLES}; empty: this machine's devices."
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such pods, `data` spanning them.")
 _BATCH = flags.DEFINE_integer(
@@ -54,8 +55,8 @@ def main(config: Config) -> None:
     if _SLICES.value != 1 and not _TOPOLOGY.value:
         raise InputError(f"--slices={_SLICES.value} needs a --topology")
     if _TOPOLOGY.value:
-        jax.config.update("jax_platforms", "cpu")  # compiling must not take a TPU that is there
-        devices = topology.tpu_devices(_TOPOLOGY.value, _SLICES.value)
+        jax.config.update("jax_platforms", "cpu")  # compiling must not take a device that is there
+        devices = topology.devices(_TOPOLOGY.value, _SLICES.value)
     else:
         command_line.simulate_devices(config.mesh)
         devices = jax.devices()

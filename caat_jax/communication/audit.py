@@ -28,19 +28,13 @@ class Audit:
     product_flops: float  # of the matrix products, those included that are computed again
     compile_seconds: float
 
-    def wire_bytes(
-        self, axis: str, places: Sequence[str] = PLACES, exposed_only: bool = False
-    ) -> float:
-        """Bytes that each device sends in one run over a mesh axis, at these places.
+    def over(self, axis: str, places: Sequence[str] = PLACES) -> list[Collective]:
+        """The collectives over a mesh axis, alone or with others, at these places."""
+        return [c for c in self.collectives if axis in c.axes and c.place in places]
 
-        An operation over several axes together counts for each of them.  `exposed_only`: those of
-        the operations beside which the compiler has scheduled no matrix product.
-        """
-        return sum(
-            c.times * c.wire_bytes
-            for c in self.collectives
-            if axis in c.axes and c.place in places and not (exposed_only and c.overlaps)
-        )
+    def wire_bytes(self, axis: str, places: Sequence[str] = PLACES) -> float:
+        """Bytes that each device sends in one run over a mesh axis, at these places."""
+        return sum(c.times * c.wire_bytes for c in self.over(axis, places))
 
 
 def audit(programs: Programs) -> Audit:
@@ -75,6 +69,7 @@ def audit_program(trace: Callable[[Mesh | AbstractMesh], jax.stages.Traced], mes
                     operation.times,
                     operation.asynchronous,
                     operation.between,
+                    operation.overlapped_flops,
                 )
             )
     # Counted in the program as it is traced without devices: with attention as products.

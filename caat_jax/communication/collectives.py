@@ -23,6 +23,7 @@ PLACES = (
     "gradient reduction",
     "optimizer and metrics",
 )
+LAYER_LOOP = ("layer forward", "layer backward")
 
 # One component of a name, "transpose(jvp(layers))": transformations, and the scope inside them.
 # Combined operations list theirs as "(name:name)".  "jit(layers)" is a function, not a scope.
@@ -45,11 +46,7 @@ class Collective:
     times: int  # how often it runs in one execution of the program
     asynchronous: bool = False  # other operations run between its start and its end
     between: tuple[str, ...] = ()  # those, where the schedule is known
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a matrix product runs between its start and its end."""
-        return "matrix product" in self.between
+    overlapped_flops: float = 0.0  # of the products and attention kernels among them
 
     @property
     def payload_bytes(self) -> int:

@@ -5,11 +5,17 @@ does not recognise is in `Reading.unrecognised`, never left out in silence.
 """
 
 import dataclasses
-import math
 import re
 
+from caat_jax.communication import loops, products
 from caat_jax.communication.collectives import KINDS
-from caat_jax.communication.hlo_module import Instruction, Module, device_groups, element_types
+from caat_jax.communication.hlo_module import (
+    CALLS,
+    Instruction,
+    Module,
+    device_groups,
+    element_types,
+)
 
 # Operations that never leave a device.  All others are either handled below or reported.
 _LOCAL = frozenset(
@@ -32,6 +38,7 @@ _LOCAL = frozenset(
 # Custom calls that are known to stay on their device, by target or its beginning.
 _LOCAL_CUSTOM_CALLS = (
     "AllocateBuffer",
+    "PrepareAsyncCall",
     "AssumeGatherIndicesInBound",
     "ConcatBitcast",
     "Sharding",
@@ -52,11 +59,11 @@ _LOCAL_CUSTOM_CALLS = (
 # What a transfer between TPU slices has in its attributes.
 _MEGASCALE = "xla_megascale_runtime"
 
-# Attributes that name the computations an operation runs, once each.
-_CALLS = ("calls", "to_apply", "called_computations")
 # Operations that take no time, or hardly any.
 _FREE = ("get-tuple-element", "tuple", "bitcast", "constant", "parameter")
 
+# The start of an operation in a computation, or on a thread, of its own.
+_WRAPPED = ("async-start", "call-start")
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
@@ -67,7 +74,7 @@ class CompiledCollective:
     `arrays` are those that are whole on every device of a group, as in `collectives.Collective`;
     the numbers in `groups` are places in the program's order of devices (a permutation's groups
     are its pairs of source and target).  `between` are the operations that are scheduled between
-    the start and the end of an asynchronous one.
+    the start and the end of an asynchronous one, `overlapped_flops` those of its products.
     """
 
     kind: str
@@ -77,6 +84,15 @@ class CompiledCollective:
     name: str
     asynchronous: bool = False
     between: tuple[str, ...] = ()
+    overlapped_flops: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Between:
+    """What is scheduled between two instructions."""
+
+    labels: tuple[str, ...]  # "matrix product" for products and attention, else the opcode
+    flops: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +142,16 @@ class _Walk:
 
     def _visit(self, computation: str, instruction: Instruction, times: int) -> None:
         opcode = instruction.opcode
-        called = instruction.called(*_CALLS)
+        called = instruction.called(*CALLS)
         if opcode == "while":
-            trips = _trip_count(self.module, computation, instruction)
+            trips = loops.trip_count(self.module, computation, instruction)
             if trips is None:
                 self.problems.append(f"loop {instruction.name}: how often it runs; counted as once")
             for name in instruction.called("body", "condition"):
                 self.run(name, times * (1 if trips is None else trips))
         elif opcode in KINDS:
             self._collect((computation, instruction), computation, instruction, times)
-        elif opcode == "async-start" or opcode.removesuffix("-start") in KINDS:
+        elif opcode in _WRAPPED or opcode.removesuffix("-start") in KINDS:
             self._visit_start(computation, instruction, times)
         elif opcode == "conditional":
             before = len(self.collectives)
@@ -160,7 +176,7 @@ class _Walk:
                 self.run(name, times)
         elif _MEGASCALE in instruction.attributes:
             self._visit_megascale(computation, instruction, times)
-        elif re.sub("-(start|update|done)$", "", opcode) not in (*_LOCAL, *KINDS, "async"):
+        elif re.sub("-(start|update|done)$", "", opcode) not in (*_LOCAL, *KINDS, "async", "call"):
             self.problems.append(f"operation {opcode}: it may communicate")
 
     def _visit_start(self, computation: str, start: Instruction, times: int) -> None:
@@ -168,11 +184,11 @@ class _Walk:
         end = _end(self.module.computations[computation], start)
         if end is None:
             self.problems.append(f"{start.name}: where it ends")
-        between = self._between(computation, start.name, end) if end else ()
-        if start.opcode != "async-start":
+        between = self._between(computation, start.name, end) if end else _Between((), 0.0)
+        if start.opcode not in _WRAPPED:
             self._collect((computation, start), computation, start, times, between)
             return
-        for name in start.called(*_CALLS):
+        for name in start.called(*CALLS):
             for inner in self.module.computations[name].values():
                 if inner.opcode in KINDS:
                     self._collect((computation, start), name, inner, times, between)
@@ -192,6 +208,7 @@ class _Walk:
             return
         slices, devices = len(target[1].split(",")), int(target[2]) + 1
         end = _end(self.module.computations[computation], transfer) or transfer.name
+        between = self._between(computation, transfer.name, end)
         self.collectives.append(
             CompiledCollective(
                 "all-reduce",
@@ -200,7 +217,8 @@ class _Walk:
                 times,
                 self._name(computation, transfer),
                 True,
-                self._between(computation, transfer.name, end),
+                between.labels,
+                between.flops,
             )
         )
 
@@ -210,7 +228,7 @@ class _Walk:
         defined_in: str,
         instruction: Instruction,
         times: int,
-        between: tuple[str, ...] | None = None,
+        between: _Between | None = None,
     ) -> None:
         """Adds one collective.
 
@@ -223,6 +241,9 @@ class _Walk:
         """
         kind = instruction.opcode.removesuffix("-start")
         arrays = element_types(instruction.result)
+        if kind != "all-reduce" and instruction.opcode != kind:
+            count = len(instruction.operands)
+            arrays = arrays[count : 2 * count]  # of (operands, results, contexts)
         if kind == "reduce-scatter":
             # What each device brings, in the type of the result: an operand may be narrower.
             operands = [self.module.computations[defined_in][o] for o in instruction.operands]
@@ -231,9 +252,6 @@ class _Walk:
                 for (dtype, _), operand in zip(arrays, operands, strict=True)
                 for _, shape in element_types(operand.result)
             ]
-        elif kind != "all-reduce" and instruction.opcode != kind:
-            count = len(instruction.operands)
-            arrays = arrays[count : 2 * count]  # of (operands, results, contexts)
         groups = device_groups(instruction, self.module.devices)
         if groups is None or not arrays or any(dtype is None for dtype, _ in arrays):
             self.problems.append(f"{instruction.opcode} {instruction.name}: its devices or arrays")
@@ -247,7 +265,8 @@ class _Walk:
                     times,
                     instruction.op_name or self._name(*scheduled),
                     between is not None,
-                    between or (),
+                    between.labels if between else (),
+                    between.flops if between else 0.0,
                 )
             )
 
@@ -266,24 +285,18 @@ class _Walk:
             else ""
         )
 
-    def _between(self, computation: str, start: str, end: str) -> tuple[str, ...]:
-        """What is scheduled between two instructions: products by that name, else the opcode."""
+    def _between(self, computation: str, start: str, end: str) -> _Between:
+        """What is scheduled between two instructions of a computation."""
         instructions = self.module.computations[computation]
         names = list(instructions)
-        inside = [instructions[n] for n in names[names.index(start) + 1 : names.index(end)]]
-        return tuple(
-            "matrix product" if self._has_product(i) else i.opcode
-            for i in inside
-            if i.opcode not in _FREE
-        )
-
-    def _has_product(self, instruction: Instruction) -> bool:
-        if instruction.opcode in ("dot", "convolution"):
-            return True
-        return instruction.opcode == "fusion" and any(
-            self._has_product(inner)
-            for name in instruction.called(*_CALLS)
-            for inner in self.module.computations[name].values()
+        inside = [
+            (i, products.flops(self.module, computation, i))
+            for name in names[names.index(start) + 1 : names.index(end)]
+            if (i := instructions[name]).opcode not in _FREE
+        ]
+        return _Between(
+            tuple("matrix product" if flops else i.opcode for i, flops in inside),
+            sum(flops for _, flops in inside),
         )
 
 
@@ -298,7 +311,7 @@ def _chains(module: Module, computation: str) -> list[list]:
     for instruction in module.computations[computation].values():
         if instruction.opcode != "fusion":
             continue
-        for name in instruction.called(*_CALLS):
+        for name in instruction.called(*CALLS):
             for inner in module.computations[name].values():
                 chain = re.search(r'chain_id="(\d+)"', inner.attributes)
                 if inner.opcode in KINDS and chain:
@@ -316,78 +329,3 @@ def _end(instructions: dict[str, Instruction], start: Instruction) -> str | None
             if instruction.opcode.endswith("-update"):
                 handles.add(instruction.name)
     return None
-
-
-def _trip_count(module: Module, computation: str, loop: Instruction) -> int | None:
-    """How often a loop runs: as XLA notes it, or from its counter's start, step and bound."""
-    noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if noted:
-        return int(noted[1])
-    (body,), (condition,) = loop.called("body"), loop.called("condition")
-    test = _root(module.computations[condition])
-    if test.opcode != "compare" or test.attribute("direction") != "LT":
-        return None
-    counter = _source(module.computations[condition], test.operands[0])
-    bound = _constant(module, condition, test.operands[1])
-    if counter.opcode != "get-tuple-element" or bound is None:
-        return None
-    index = int(counter.attribute("index"))
-    initial = _tuple_element(module.computations[computation], loop.operands[0], index)
-    step = _tuple_element(module.computations[body], _root(module.computations[body]).name, index)
-    if initial is None or step is None:
-        return None
-    start = _constant(module, computation, initial)
-    addition = _source(module.computations[body], step)
-    if start is None or addition.opcode != "add":
-        return None
-    steps = [_constant(module, body, operand) for operand in addition.operands]
-    if steps.count(None) != 1:
-        return None
-    increment = next(step for step in steps if step is not None)
-    return max(0, math.ceil((bound - start) / increment)) if increment > 0 else None
-
-
-def _constant(module: Module, computation: str, name: str) -> int | None:
-    """The integer that an instruction stands for, also where a loop only carries it along."""
-    instruction = _source(module.computations[computation], name)
-    if instruction.opcode == "constant":
-        return (
-            int(instruction.operands[0])
-            if re.fullmatch(r"-?\d+", instruction.operands[0])
-            else None
-        )
-    if instruction.opcode != "get-tuple-element" or computation not in module.callers:
-        return None
-    instructions, index = module.computations[computation], int(instruction.attribute("index"))
-    if _source(instructions, instruction.operands[0]).opcode != "parameter":
-        return None
-    outer, loop = module.callers[computation]
-    (body,) = loop.called("body")
-    after = module.computations[body]
-    carried = _tuple_element(after, _root(after).name, index)
-    carried = carried and _source(after, carried)
-    unchanged = (
-        carried
-        and carried.opcode == "get-tuple-element"
-        and carried.attribute("index") == str(index)
-        and _source(after, carried.operands[0]).opcode == "parameter"
-    )
-    initial = _tuple_element(module.computations[outer], loop.operands[0], index)
-    return _constant(module, outer, initial) if unchanged and initial else None
-
-
-def _source(instructions: dict[str, Instruction], name: str) -> Instruction:
-    """The instruction of this name, or what it is a copy of."""
-    instruction = instructions[name]
-    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start", "opt-barrier"):
-        instruction = instructions[instruction.operands[0]]
-    return instruction
-
-
-def _tuple_element(instructions: dict[str, Instruction], name: str, index: int) -> str | None:
-    made = _source(instructions, name)
-    return made.operands[index] if made.opcode == "tuple" else None
-
-
-def _root(instructions: dict[str, Instruction]) -> Instruction:
-    return next(i for i in instructions.values() if i.root)

@@ -21,6 +21,9 @@ _DTYPES = {
 }
 
 
+# Attributes that name the computations an operation runs, once each.
+CALLS = ("calls", "to_apply", "called_computations")
+
 # A computation's first line.
 _BEGINNING = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 # `[ROOT] %name = type opcode(operands), attributes`: no type has a word right before a bracket.

@@ -9,10 +9,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from caat_jax.communication import exposure
 from caat_jax.communication.audit import Audit
-from caat_jax.communication.collectives import PLACES, Collective
+from caat_jax.communication.collectives import LAYER_LOOP, PLACES, Collective
 from caat_jax.config.sections import Config
 from caat_jax.devices import chips, sharding
+from caat_jax.devices.chips import Chip
 from caat_jax.training.metrics import model_flops_per_token
 
 
@@ -62,11 +64,13 @@ def decode(config: Config, batch: int, length: int) -> Workload:
 def tables(config: Config, mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> str:
     """For a terminal: every operation of the first program, then all programs side by side."""
     name, first = next(iter(audits.items()))
+    chip = _chip(mesh)
     parts = [
         _heading(config, mesh, workload),
         _operations(name, first),
-        _totals(audits),
-        _needs(mesh, audits, workload),
+        *([_times(name, first, mesh, chip)] if chip else []),
+        _totals(audits, mesh, chip),
+        _needs(mesh, audits, workload, chip),
     ]
     for name, found in audits.items():
         if found.unrecognised:
@@ -76,7 +80,11 @@ def tables(config: Config, mesh: Mesh, audits: dict[str, Audit], workload: Workl
 
 
 def to_json(mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> dict[str, Any]:
-    """Bytes and FLOPs of one device; the bytes of an operation are those of one run."""
+    """Bytes, FLOPs and seconds of one device; those of an operation are of one run.
+
+    Seconds are there for chips of the table.
+    """
+    chip = _chip(mesh)
     return {
         "devices": mesh.size,
         "device_kind": mesh.devices.flat[0].device_kind,
@@ -89,12 +97,18 @@ def to_json(mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> dict[st
                 "collectives": [
                     dataclasses.asdict(c)
                     | {"payload_bytes": c.payload_bytes, "wire_bytes": c.wire_bytes}
+                    | (_seconds(c, mesh, chip) if chip else {})
                     for c in found.collectives
                 ]
             }
             for name, found in audits.items()
         },
     }
+
+
+def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> dict[str, float]:
+    time = exposure.of_one(collective, chip, mesh.shape)
+    return {"transfer_seconds": time.transfer, "exposed_seconds": time.exposed}
 
 
 def _heading(config: Config, mesh: Mesh, workload: Workload) -> str:
@@ -107,7 +121,7 @@ def _heading(config: Config, mesh: Mesh, workload: Workload) -> str:
 
 def _operations(name: str, found: Audit) -> str:
     rows = [("axes", "place", "operation", "array", "runs", "MB sent", "overlapped by")]
-    for c in sorted(found.collectives, key=lambda c: (c.axes, PLACES.index(c.place))):
+    for c in _ordered(found):
         rows.append(
             (
                 "+".join(c.axes),
@@ -125,7 +139,30 @@ def _operations(name: str, found: Audit) -> str:
     )
 
 
-def _totals(audits: dict[str, Audit]) -> str:
+def _times(name: str, found: Audit, mesh: Mesh, chip: Chip) -> str:
+    rows = [("axes", "place", "runs", "ms each", "GFLOP beside", "ms", "exposed", "of it")]
+    for c in _ordered(found):
+        each = exposure.of_one(c, chip, mesh.shape)
+        rows.append(
+            (
+                "+".join(c.axes),
+                c.place,
+                f"{c.times:,}",
+                _milliseconds(each.transfer),
+                f"{c.overlapped_flops / 1e9:,.0f}" if c.overlapped_flops else "",
+                _milliseconds(c.times * each.transfer),
+                _milliseconds(c.times * each.exposed),
+                f"{each.exposed / each.transfer:.0%}",
+            )
+        )
+    return (
+        f"Their time at {name} by the figures of {chip.name}, in ms a step, and what of it is"
+        " exposed: longer\nthan the products and attention between start and end take at the peak"
+        f" rate\n{_table(rows, right=range(2, len(rows[0])))}"
+    )
+
+
+def _totals(audits: dict[str, Audit], mesh: Mesh, chip: Chip | None) -> str:
     names = list(audits)
     rows = [("axis", "place", *(f"MB at {name}" for name in names), *["ratio"] * (len(names) > 1))]
     used = {axis for found in audits.values() for c in found.collectives for axis in c.axes}
@@ -134,21 +171,38 @@ def _totals(audits: dict[str, Audit]) -> str:
             sent = [found.wire_bytes(axis, places) for found in audits.values()]
             if any(sent):
                 rows.append((axis, label, *_side_by_side(sent)))
-        exposed = [found.wire_bytes(axis, exposed_only=True) for found in audits.values()]
-        rows.append((axis, "exposed", *_side_by_side(exposed)))
-    return (
-        "Sent by one device in one step; exposed: no matrix product runs at the same time\n"
-        + _table(rows, right=range(2, len(rows[0])))
+        if chip:
+            rows += _exposed_rows(axis, audits, mesh, chip)
+    return "Sent by one device in one step, MB; exposed, ms of ms\n" + _table(
+        rows, right=range(2, len(rows[0]))
     )
 
 
-def _needs(mesh: Mesh, audits: dict[str, Audit], workload: Workload) -> str:
+def _exposed_rows(
+    axis: str, audits: dict[str, Audit], mesh: Mesh, chip: Chip
+) -> list[tuple[str, ...]]:
+    """Of all transfers over an axis, and of those in the layers."""
+    rows = []
+    for label, places in (("exposed: layers", LAYER_LOOP), ("exposed: all", PLACES)):
+        times = [
+            exposure.of_all(found.over(axis, places), chip, mesh.shape) for found in audits.values()
+        ]
+        if any(time.transfer for time in times):
+            cells = [
+                f"{_milliseconds(time.exposed)} of {_milliseconds(time.transfer)}" for time in times
+            ]
+            first, last = times[0].exposed, times[-1].exposed
+            ratio = [f"{first / last:.4g}" if last else ""] if len(times) > 1 else []
+            rows.append((axis, label, *cells, *ratio))
+    return rows
+
+
+def _needs(mesh: Mesh, audits: dict[str, Audit], workload: Workload, chip: Chip | None) -> str:
     kinds = list(next(iter(audits.values())).memory_bytes)
     rows = [("one device", *audits)]
     for kind in kinds:
         sizes = [found.memory_bytes[kind] / 2**30 for found in audits.values()]
         rows.append((f"memory, GiB: {kind}", *(f"{size:.2f}" for size in sizes)))
-    chip = chips.by_device_kind(mesh.devices.flat[0].device_kind)
     if chip:
         shares = [found.memory_bytes["together"] / chip.memory_bytes for found in audits.values()]
         rows.append(("  of the chip's", *(f"{share:.0%}" for share in shares)))
@@ -184,6 +238,19 @@ def _overlapped_by(collective: Collective) -> str:
     if products:
         return f"{products} product{'s' * (products > 1)}"
     return "copies and the like" if collective.asynchronous else ""
+
+
+def _ordered(found: Audit) -> list[Collective]:
+    return sorted(found.collectives, key=lambda c: (c.axes, PLACES.index(c.place)))
+
+
+def _chip(mesh: Mesh) -> Chip | None:
+    """What the mesh is made of, where it is in the table of chips."""
+    return chips.by_device_kind(mesh.devices.flat[0].device_kind)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
 
 
 def _side_by_side(sizes: list[float]) -> list[str]:

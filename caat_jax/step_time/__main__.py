@@ -3,13 +3,15 @@
     python -m caat_jax.step_time --config=configs/llama_7b.py --devices=64 --chip=v5p \
         --chip=h100-nvlink [--p=1 --p=0.5] [--efficiency=0.6] [--output=step_time.png] [--json]
 
-A chip of one's own: --flops=… --memory_rate=… --link_bandwidth=… --link_latency=….  The formulae,
-the chips' figures with their sources, and what is left out: docs/step_time_model.md.
+--topology=v5p:4x4x4 compiles the step for such a pod, and takes from its schedule which transfers
+are hidden.  A chip of one's own: --flops=… --memory_rate=… --link_bandwidth=… --link_latency=….
+The formulae, the chips' figures with their sources, and what is left out: docs/step_time_model.md.
 """
 
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +19,23 @@ import jax
 from absl import flags
 
 from caat_jax import command_line
+from caat_jax.communication.audit import audit
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
-from caat_jax.devices import chips
+from caat_jax.devices import chips, sharding, topology
 from caat_jax.devices.chips import Chip, Link
 from caat_jax.errors import InputError
 from caat_jax.figures import COLOURS
 from caat_jax.step_time import model, report
+from caat_jax.step_time.model import Prediction, Workload
+from caat_jax.training.step import Programs
 
 _CONFIG = command_line.config_flag()
 _DEVICES = flags.DEFINE_integer("devices", None, "How many chips.", required=True)
 _CHIP = flags.DEFINE_multi_string("chip", [], "A chip of the table; may be repeated.")
+_TOPOLOGY = flags.DEFINE_multi_string(
+    "topology", [], f"Predict from the step compiled for it, such as {topology.EXAMPLES}."
+)
 _P = flags.DEFINE_multi_float(
     "p", [1.0, 0.5, 0.25], "A synchronisation factor of every sublayer; 1 is always there."
 )
@@ -53,11 +61,12 @@ def main(config: Config) -> None:
         own is not None
     )
     configs = configurations(config, _DEVICES.value, _P.value)
-    check(configs[0], chosen, _EFFICIENCY.value)
+    check(configs[0], chosen, _TOPOLOGY.value, _EFFICIENCY.value)
     works = [model.workload(each) for each in configs]
     predictions = [
         [model.predict(work, chip, _EFFICIENCY.value) for work in works] for chip in chosen
     ]
+    predictions += [compiled(name, works, _EFFICIENCY.value) for name in _TOPOLOGY.value]
     if _OUTPUT.value:
         report.plot(predictions, Path(_OUTPUT.value))
     if _JSON.value:
@@ -91,6 +100,34 @@ def configurations(config: Config, devices: int, factors: Sequence[float]) -> li
     return chosen + [config] * differing
 
 
+def compiled(name: str, works: Sequence[Workload], efficiency: float) -> list[Prediction]:
+    """Predictions for a topology, from the schedules of the steps compiled for it.
+
+    Raises:
+      InputError: there is no such topology, of --devices devices, or no figures for its chip.
+    """
+    devices = topology.devices(name)
+    if len(devices) != works[0].devices:
+        raise InputError(f"--topology={name} has {len(devices)} devices, not {works[0].devices}")
+    chip = chips.by_device_kind(devices[0].device_kind)
+    if chip is None:
+        raise InputError(
+            f"--topology={name}: {devices[0].device_kind} is not in the table of chips"
+        )
+    chip = dataclasses.replace(
+        chip, name=f"{chip.name} (compiled)", description=f"{chip.description}; schedule of {name}"
+    )
+    rows = []
+    for work in works:
+        print(
+            f"compiling at p = {work.config.model.describe_sync_factors()} for {name}",
+            file=sys.stderr,
+        )
+        mesh = sharding.create_mesh(work.config.mesh, devices)
+        rows.append(model.predict(work, chip, efficiency, audit(Programs(work.config, mesh))))
+    return rows
+
+
 def own_chip(figures: dict[str, float | None], devices: int) -> Chip | None:
     """The chip of the user's numbers, or None where there are none.
 
@@ -119,23 +156,28 @@ def own_chip(figures: dict[str, float | None], devices: int) -> Chip | None:
     )
 
 
-def check(config: Config, chosen: Sequence[Chip], efficiency: float) -> None:
+def check(
+    config: Config, chosen: Sequence[Chip], topologies: Sequence[str], efficiency: float
+) -> None:
     """Refuses what the model can say nothing about.
 
     Raises:
       InputError: no chip or too many, an impossible efficiency, a type without figures.
     """
     names = ", ".join(known.name for known in chips.CHIPS)
-    if not chosen:
+    rows = len(chosen) + len(topologies)
+    if not rows:
         raise InputError(
-            f"--chip is missing; there are {names}; or give all of"
+            f"--chip is missing; there are {names}; or give a --topology, or all of"
             f" {', '.join(f'--{name}' for name in _OWN)}"
         )
-    if len(chosen) > len(COLOURS):
-        raise InputError(f"{len(chosen)} chips; more than {len(COLOURS)} cannot be told apart")
+    if rows > len(COLOURS):
+        raise InputError(f"{rows} chips; more than {len(COLOURS)} cannot be told apart")
     if not 0 < efficiency <= 1:
         raise InputError(f"--efficiency={efficiency:g} is outside (0, 1]")
-    if config.compute.dtype != "bfloat16" and any(known in chips.CHIPS for known in chosen):
+    if config.compute.dtype != "bfloat16" and (
+        topologies or any(known in chips.CHIPS for known in chosen)
+    ):
         raise InputError(
             f"compute.dtype={config.compute.dtype}, but the table has FLOP/s of bfloat16 only; give"
             " --config.compute.dtype=bfloat16, or a chip of your own with --flops"

@@ -4,12 +4,11 @@
     optimizer     bytes / memory rate
     collective    hops · latency + bytes each device sends / bandwidth
 
-A ring of n devices takes n − 1 hops to gather or to scatter, and both for an all-reduce.  Each
-reduction over `model` stands between two products of its layer, so all of its time counts as
-exposed; what a compiler finds to run beside it is left out (docs/communication.md).  The gathers of
-parameters and the sums of gradients (`fsdp`, `data`) depend on nothing close by and can run while
-the device computes; how many do is the compiler's business, so there are two bounds: all that can,
-and none.
+A ring of n devices takes n − 1 hops to gather or to scatter, and both for an all-reduce.  Of a
+compiled step, what its schedule does not hide is exposed (`communication.exposure`).  Without one,
+all of each reduction over `model` is, since it stands between two products of its layer; the
+gathers of parameters and the sums of gradients (`fsdp`, `data`) depend on nothing close by and can
+run while the device computes, so there are two bounds: all of them do, and none.
 """
 
 import dataclasses
@@ -18,12 +17,12 @@ from typing import Any
 
 import jax
 
-from caat_jax.communication import traced_programs
-from caat_jax.communication.collectives import Collective
+from caat_jax.communication import exposure, traced_programs
+from caat_jax.communication.audit import Audit
 from caat_jax.communication.traced_programs import MatrixProduct, Operations
-from caat_jax.config.sections import Config, MeshConfig
+from caat_jax.config.sections import Config
 from caat_jax.devices import sharding
-from caat_jax.devices.chips import Chip, Link
+from caat_jax.devices.chips import Chip
 from caat_jax.model.scopes import ATTENTION_SCOPE
 from caat_jax.training.metrics import model_flops_per_token
 from caat_jax.training.step import Programs
@@ -72,8 +71,8 @@ class Prediction:
     chip: Chip
     products: float
     optimizer: float
-    reductions: float  # over `model`, and the loss's: never hidden
-    overlappable: float  # gathers of parameters, sums of gradients
+    reductions: float  # over `model`, and the loss's; of a compiled step all that is exposed
+    overlappable: float  # gathers of parameters, sums of gradients; none of a compiled step
 
     @property
     def compute(self) -> float:
@@ -125,20 +124,23 @@ def workload(config: Config) -> Workload:
     )
 
 
-def predict(work: Workload, chip: Chip, efficiency: float = 1.0) -> Prediction:
+def predict(
+    work: Workload, chip: Chip, efficiency: float = 1.0, schedule: Audit | None = None
+) -> Prediction:
     """The step time of this work on this chip.
 
     Args:
       work: see `workload`.
       chip: whose figures to take.
       efficiency: the share of the peak FLOP/s that matrix products reach, above 0, at most 1.
+      schedule: the step compiled for this chip: its transfers, and what hides them there.
     """
     mesh, counted = work.config.mesh, work.operations
     reductions, overlappable = 0.0, 0.0
-    for collective in counted.collectives:
-        link = chip.link_over(span(collective.axes, mesh))
-        seconds = collective.times * collective_seconds(collective, link)
-        if collective.place in _CAN_OVERLAP:
+    for collective in (schedule or counted).collectives:
+        time = exposure.of_one(collective, chip, vars(mesh), efficiency)
+        seconds = collective.times * time.exposed
+        if schedule is None and collective.place in _CAN_OVERLAP:
             overlappable += seconds
         else:
             reductions += seconds
@@ -163,24 +165,6 @@ def product_seconds(product: MatrixProduct, chip: Chip, efficiency: float) -> fl
         if ATTENTION_SCOPE in product.name
         else max(arithmetic, product.bytes / chip.memory_rate)
     )
-
-
-def collective_seconds(collective: Collective, link: Link) -> float:
-    """One execution."""
-    hops = 1 if collective.kind == "collective-permute" else link.hops(collective.group_size)
-    rounds = 2 if collective.kind == "all-reduce" else 1
-    sending = collective.wire_bytes / link.send_rate(collective.group_size)
-    return rounds * hops * link.latency + sending
-
-
-def span(axes: tuple[str, ...], mesh: MeshConfig) -> int:
-    """How far apart in the mesh the devices of one group lie, its ends included, at most.
-
-    Devices are numbered along `sharding.MESH_AXES`, the last axis first: neighbours on `model`
-    are neighbours, neighbours on `fsdp` are a whole `model` axis apart.
-    """
-    outermost = min(sharding.MESH_AXES.index(axis) for axis in axes)
-    return math.prod(getattr(mesh, axis) for axis in sharding.MESH_AXES[outermost:])
 
 
 def _local_sizes(shapes: Any) -> list[int]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caat_jax import figures
+from caat_jax.communication.exposure import span
 from caat_jax.figures import COLOURS
-from caat_jax.step_time.model import Prediction, span
+from caat_jax.step_time.model import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +22,10 @@ LEFT_OUT = (
     "A prediction; nothing was measured. Left out: what kernels and links lose against the figures"
     " above (--efficiency scales the FLOP/s; most bandwidths are line rates); element-wise"
     " operations and copies, with them the joining of a sublayer's two parts where p < 1 (3 to 7 %"
-    " of a step on CPUs, docs/step_time.md); the part of a reduction over model that the compiler"
-    " runs beside products (docs/communication.md); collectives and mesh axes in each other's way;"
-    " the start of kernels and collectives; other algorithms than rings; the scalar sums of"
-    " clipping; activation memory; host, input, checkpoints and stragglers."
+    " of a step on CPUs, docs/step_time.md); without --topology, the part of a reduction over model"
+    " that the compiler runs beside products (docs/communication.md); collectives and mesh axes in"
+    " each other's way; the start of kernels and collectives; other algorithms than rings; the"
+    " scalar sums of clipping; activation memory; host, input, checkpoints and stragglers."
 )
 
 WIDTH = 100
@@ -98,7 +99,7 @@ def _chip_lines(prediction: Prediction) -> list[str]:
     for axis in ("model", "fsdp", "data"):
         size = getattr(mesh, axis)
         if size > 1:
-            link = chip.link_over(span((axis,), mesh))
+            link = chip.link_over(span((axis,), vars(mesh)))
             figures.append(
                 f"{axis} {link.send_rate(size) / 1e9:.3g} GB/s, {link.latency * 1e6:.3g} µs a hop"
             )
@@ -117,7 +118,7 @@ def _chip_lines(prediction: Prediction) -> list[str]:
 def _assumptions_used(prediction: Prediction) -> list[str]:
     """Without those of a network that no group reaches, or of a link that none uses."""
     chip, work = prediction.chip, prediction.workload
-    spans = [span(c.axes, work.config.mesh) for c in work.operations.collectives]
+    spans = [span(c.axes, vars(work.config.mesh)) for c in work.operations.collectives]
     unused = []
     if all(reach <= chip.domain for reach in spans):
         unused.append("network.")

@@ -43,7 +43,7 @@ def paper_130m(dtype, *, layers=12, remat=False) -> Config:
 
 @functools.cache
 def audited(config: Config, p: float, topology_name: str = "") -> Audit:
-    devices = topology.tpu_devices(topology_name) if topology_name else jax.devices()
+    devices = topology.devices(topology_name) if topology_name else jax.devices()
     sizes = resolve_mesh(config, len(devices))
     return audit(Programs(config.with_sync_factor(p), sharding.create_mesh(sizes, devices)))
 
@@ -139,7 +139,7 @@ def test_reductions_over_model_overlap_only_where_p_is_below_1():
 
 @models.needs_libtpu
 def test_data_spans_tpu_slices():
-    devices = topology.tpu_devices("v5e:2x2", slices=2)
+    devices = topology.devices("v5e:2x2", slices=2)
     mesh = sharding.create_mesh(MeshConfig(2, 1, 4, 0), devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert (slices == np.arange(2)[:, None, None]).all()
@@ -266,12 +266,12 @@ def test_report_says_what_was_unrecognised_and_json_has_everything():
 def test_libtpu_is_asked_for(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install -r requirements-tpu.txt"):
-        topology.tpu_devices("v5e:2x4")
+        topology.devices("v5e:2x4")
 
 
 @models.needs_libtpu
 @pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9z:2x2", "8", "v5e:2x4x4x4", "v5e:0x4"])
 def test_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match=rf"--topology={name}.*v5p:4x4x4") as error:
-        topology.tpu_devices(name)
+        topology.devices(name)
     assert "\n" not in str(error.value)

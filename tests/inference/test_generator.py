@@ -406,7 +406,7 @@ def test_the_cache_is_updated_in_place_on_a_tpu_pod():
         mesh=dict(model=8),
         compute=dict(dtype="bfloat16"),
     )
-    mesh = sharding.create_mesh(config.mesh, topology.tpu_devices("v5e:2x4"))
+    mesh = sharding.create_mesh(config.mesh, topology.devices("v5e:2x4"))
     compiled = InferencePrograms(config, mesh).trace_decode(8, 1024).lower().compile()
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 2 * 8 * 1024 * 128 * 2
     around_the_steps = compiled.as_text().partition("\nENTRY ")[2]

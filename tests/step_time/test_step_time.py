@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from caat_jax import figures
+from caat_jax.communication import exposure
 from caat_jax.communication.collectives import Collective
 from caat_jax.communication.traced_programs import MatrixProduct, Operations
 from caat_jax.config.resolve import resolve_mesh
@@ -99,14 +100,14 @@ def test_efficiency_slows_what_is_bound_by_arithmetic():
 )
 def test_a_collective(kind, seconds):
     operation = collective(kind, ("model",), 8, "head and loss", floats=16)
-    assert model.collective_seconds(operation, CHIP.link) == seconds
+    assert exposure.transfer_seconds(operation, CHIP.link) == seconds
 
 
 def test_span():
-    mesh = models.small_config(mesh=dict(data=2, fsdp=4, model=8)).mesh
-    spans = [model.span(axes, mesh) for axes in (("model",), ("fsdp",), ("data",))]
+    mesh = dict(data=2, fsdp=4, model=8)
+    spans = [exposure.span(axes, mesh) for axes in (("model",), ("fsdp",), ("data",))]
     assert spans == [8, 32, 64]
-    assert model.span(("fsdp", "model"), mesh) == 32
+    assert exposure.span(("fsdp", "model"), mesh) == 32
 
 
 def test_memory():
