@@ -20,6 +20,10 @@ from configs import base
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
+needs_gpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin is not installed (requirements-gpu.txt)",
+)
 SMALL = dict(layers=2, embed_dim=32, heads=16, kv_heads=8, head_dim=4, mlp_dim=48, vocab_size=64)
 
 

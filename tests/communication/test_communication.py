@@ -10,12 +10,23 @@ import numpy as np
 import pytest
 
 from caat_jax.communication import audit as communication_audit
-from caat_jax.communication import collectives, report, traced_programs
+from caat_jax.communication import (
+    collectives,
+    compiled_programs,
+    exposure,
+    loops,
+    products,
+    report,
+    traced_programs,
+)
 from caat_jax.communication.audit import Audit, audit
+from caat_jax.communication.collectives import Collective
 from caat_jax.communication.compiled_programs import CompiledCollective
+from caat_jax.communication.hlo_module import Module
 from caat_jax.config.resolve import resolve, resolve_mesh
 from caat_jax.config.sections import Config, MeshConfig
-from caat_jax.devices import sharding, topology
+from caat_jax.devices import chips, sharding, topology
+from caat_jax.devices.chips import Link
 from caat_jax.errors import InputError
 from caat_jax.training.step import Programs
 from configs import llama_130m, tiny
@@ -126,15 +137,102 @@ def test_130m_on_a_tpu_pod(p, remat):
 
 
 @models.needs_libtpu
-def test_reductions_over_model_overlap_only_where_p_is_below_1():
+def test_forward_reductions_are_hidden_by_the_private_product_alone():
     """At p < 1 the product of the private channels can run beside the forward reduction."""
-    exposed = {
-        p: audited(paper_130m("bfloat16", layers=3, remat=True), p, "v5e:2x4").wire_bytes(
-            "model", ("layer forward",), exposed_only=True
-        )
+    beside = {
+        p: [
+            c.overlapped_flops
+            for c in audited(paper_130m("bfloat16", layers=3, remat=True), p, "v5e:2x4").over(
+                "model", ("layer forward",)
+            )
+        ]
         for p in (1.0, 0.5)
     }
-    assert exposed[0.5] == 0 < exposed[1.0]
+    tokens, private = 4 * 1024, 768 // 2
+    # Of 2 heads of 48, and of 256 columns of the MLP.
+    assert beside == {1.0: [0, 0], 0.5: [2 * tokens * width * private for width in (96, 256)]}
+
+
+def total_flops(text: str) -> float:
+    """Of all products and attention kernels of a compiled program, its loops counted."""
+    module = Module(text)
+
+    def of(computation: str) -> float:
+        total = 0.0
+        for instruction in module.computations[computation].values():
+            if instruction.opcode == "while":
+                rounds = loops.trip_count(module, computation, instruction)
+                total += rounds * of(*instruction.called("body"))
+            else:
+                total += products.flops(module, computation, instruction)
+        return total
+
+    return of(module.entry)
+
+
+@models.needs_gpu_compiler
+def test_130m_for_gpus_that_are_not_there(monkeypatch):
+    texts, read = [], compiled_programs.read
+    monkeypatch.setattr(compiled_programs, "read", lambda text: texts.append(text) or read(text))
+    config = paper_130m("bfloat16", layers=2, remat=True)
+    mesh = sharding.create_mesh(resolve_mesh(config, 8), topology.devices("h100:1x1x8"))
+    found = audit(Programs(config, mesh))
+    check_layers_and_gather(found, config, 0.5, forward_bytes=2)
+    assert all(c.asynchronous for c in found.collectives)
+    backward = found.over("model", ("layer backward",))
+    assert all(c.overlapped_flops > 0 for c in backward)
+    (text,) = texts
+    for kernel in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert f'custom_call_target="{kernel}"' in text
+    # As the program without devices is counted, where attention is written out as products.
+    assert total_flops(text) == found.product_flops
+
+
+@models.needs_gpu_compiler
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("h100:1x2x8", "NVIDIA H100 80GB HBM3"),
+        ("h200:1x1x8", "NVIDIA H200"),
+        ("a100:1x1x4", "NVIDIA A100-SXM4-80GB"),
+    ],
+)
+def test_every_gpu_is_compiled_for(name, kind):
+    devices = topology.devices(name)
+    assert {device.device_kind for device in devices} == {kind}
+    assert chips.by_device_kind(kind) is not None
+    mesh = jax.sharding.Mesh(np.array(devices), ("x",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    array = jax.ShapeDtypeStruct((len(devices) * 8, 128), "bfloat16", sharding=rows)
+    text = jax.jit(lambda a: (a @ a.T).sum()).lower(array).compile().as_text()
+    assert "all-" in text
+
+
+def test_gpus_need_their_compiler(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-gpu.txt"):
+        topology.devices("h100:1x1x8")
+
+
+EIGHT = dict(data=1, fsdp=1, model=8)
+CHIP = dataclasses.replace(
+    chips.by_name("h100-nvlink"), flops=100.0, link=Link(bandwidth=8.0, latency=1.0)
+)
+
+
+@pytest.mark.parametrize(
+    "flops, hidden",
+    [(0, 0), (1000, 10), (10_000, 28)],  # 14 hops, and 14 s to send 112 bytes
+)
+def test_exposed_is_what_products_do_not_hide(flops, hidden):
+    one = Collective(
+        "all-reduce", ("model",), 8, "layer forward", (("float32", (16,)),), 3, True, (), flops
+    )
+    time = exposure.of_one(one, CHIP, EIGHT)
+    assert (time.transfer, time.hidden, time.exposed) == (28, hidden, 28 - hidden)
+    both = exposure.of_all([one, one], CHIP, EIGHT)
+    assert (both.transfer, both.exposed) == (6 * 28, 6 * (28 - hidden))
+    assert exposure.of_one(one, CHIP, EIGHT, efficiency=0.5).hidden == min(28, 2 * hidden)
 
 
 @models.needs_libtpu
@@ -270,7 +368,9 @@ def test_libtpu_is_asked_for(monkeypatch):
 
 
 @models.needs_libtpu
-@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v9z:2x2", "8", "v5e:2x4x4x4", "v5e:0x4"])
+@pytest.mark.parametrize(
+    "name", ["v5e", "v5e:3x3", "v9z:2x2", "8", "v5e:2x4x4x4", "v5e:0x4", "h900:1x1x8"]
+)
 def test_unknown_topology_is_refused(name):
     with pytest.raises(InputError, match=rf"--topology={name}.*v5p:4x4x4") as error:
         topology.devices(name)

@@ -160,6 +160,7 @@ def test_start_and_done_with_what_runs_between():
             "jit(f)/layers/x",
             True,
             ("matrix product", "exponential"),
+            2 * (4 * 4) * 8,  # of the product [4, 8] x [8, 4]
         ),
     )
 
@@ -183,6 +184,108 @@ def test_operation_wrapped_in_an_asynchronous_one():
     assert (operation.kind, operation.groups) == ("reduce-scatter", ROWS)
     assert operation.arrays == (("float32", (8, 8)),)  # sent in the type of the sum
     assert operation.asynchronous and "negate" in operation.between
+
+
+def test_operation_on_another_thread_of_a_tpu():
+    """Offloaded to a SparseCore, as XLA writes it."""
+    called = """%called (q: f32[4,8], t: token[]) -> f32[4,8] {
+  %t = token[] parameter(1)
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %ar = f32[4,8]{1,0} all-reduce(%q), replica_groups=[2,4]<=[8], to_apply=%sum
+}, execution_thread="sparsecore\""""
+    text = module(
+        [
+            '%i = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"',
+            '%t = token[] custom-call(%i), custom_call_target="PrepareAsyncCallDone"',
+            "%s = ((f32[4,8]{1,0}, token[]), f32[4,8]{1,0}) call-start(%p, %t),"
+            ' async_execution_thread="sparsecore", to_apply=%called',
+            "%d = f32[4,4]{1,0} convolution(%p, %p), dim_labels=bf_oi->bf",
+            "%r = f32[4,8]{1,0} call-done(%s)",
+            "ROOT %o = f32[4,8]{1,0} copy(%r)",
+        ],
+        called,
+    )
+    reading = compiled_programs.read(text)
+    (operation,) = reading.collectives
+    assert (operation.kind, operation.groups, operation.times) == ("all-reduce", ROWS, 1)
+    assert operation.asynchronous and operation.overlapped_flops == 2 * (4 * 4) * 8
+    assert reading.unrecognised == ()
+
+
+def test_reduce_scatter_of_a_gpu():
+    text = module(
+        [
+            "%s = ((f32[4,8]{1,0}), f32[4,2]{1,0}) reduce-scatter-start(%p),"
+            " replica_groups=[2,4]<=[8], dimensions={1}, to_apply=%sum",
+            "%d = f32[4,2]{1,0} reduce-scatter-done(%s)",
+            "ROOT %r = f32[4,8]{1,0} copy(%p)",
+        ]
+    )
+    assert found(text) == [one("reduce-scatter", ROWS, (4, 8), 1)]
+
+
+CUBLAS = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]}}}'
+
+
+@pytest.mark.parametrize(
+    "operands, line, flops",
+    [
+        # Batched, the batch being the window's axis, and its elements taken in reversed order.
+        (
+            "bf16[4,16,64] bf16[4,64,32]",
+            "bf16[4,16,32] convolution({}), window={{size=4 stride=3 pad=0_0 lhs_dilate=4}},"
+            " dim_labels=0bf_0io->0bf",
+            2 * 4 * 16 * 64 * 32,
+        ),
+        # Two axes contracted, one of them the window's.
+        (
+            "bf16[8,16,4] bf16[4,32,8]",
+            "bf16[1,16,32] convolution({}), window={{size=4}}, dim_labels=fb0_0oi->0bf",
+            2 * 16 * (8 * 4) * 32,
+        ),
+        # A window that shifts over zeros: one place has an input.
+        (
+            "bf16[8,16,1] bf16[4,32,8]",
+            "bf16[16,32,4] convolution({}), window={{size=4 pad=3_3 rhs_reversal=1}},"
+            " dim_labels=fb0_0oi->bf0",
+            2 * 16 * 32 * 8 * 4,
+        ),
+        (
+            "f32[3,4,5] f32[3,5,6]",
+            '(f32[3,4,6], s8[99]) custom-call({}), custom_call_target="__cublas$gemm",'
+            f" backend_config={CUBLAS.replace('{', '{{').replace('}', '}}')}",
+            2 * 3 * 4 * 5 * 6,
+        ),
+        # Causal attention: half of two products of [T, S] by the heads' width.
+        (
+            "bf16[2,128,4,64] bf16[2,256,4,64] bf16[2,256,4,64]",
+            '(bf16[2,4,128,64], u8[0]) custom-call({}), custom_call_target="__cudnn$fmhaSoftmax"',
+            2 * (2 * 2 * 4 * 128 * 256 * 64) / 2,
+        ),
+        (
+            "bf16[2,128,4,64] bf16[2,256,4,64] bf16[2,256,4,64]",
+            "(bf16[2,4,128,64], u8[0]) custom-call({}),"
+            ' custom_call_target="__cudnn$fmhaSoftmaxBackward"',
+            5 * (2 * 2 * 4 * 128 * 256 * 64) / 2,
+        ),
+        ("f32[4,8]", 'f32[4,8] custom-call({}), custom_call_target="TopK"', 0),
+    ],
+)
+def test_flops_between_start_and_done(operands, line, flops):
+    shapes = operands.split()
+    names = ", ".join(f"%o{n}" for n in range(len(shapes)))
+    text = module(
+        [
+            *(f"%o{n} = {shape} broadcast(%p)" for n, shape in enumerate(shapes)),
+            "%s = f32[4,8]{1,0} all-reduce-start(%p), replica_groups={}, to_apply=%sum",
+            f"%x = {line.format(names)}",
+            "%d = f32[4,8]{1,0} all-reduce-done(%s)",
+            "ROOT %r = f32[4,8]{1,0} copy(%d)",
+        ]
+    )
+    (operation,) = compiled_programs.read(text).collectives
+    assert operation.overlapped_flops == flops
+    assert operation.between == ("matrix product" if flops else "custom-call",)
 
 
 def test_chain_of_fusions_is_one_operation():

@@ -9,6 +9,7 @@ import pytest
 
 from caat_jax import figures
 from caat_jax.communication import exposure
+from caat_jax.communication.audit import Audit
 from caat_jax.communication.collectives import Collective
 from caat_jax.communication.traced_programs import MatrixProduct, Operations
 from caat_jax.config.resolve import resolve_mesh
@@ -68,6 +69,17 @@ def test_a_step_by_hand():
     assert prediction.tokens_per_second(overlap=True) == tokens / 8 / 66
     per_token = model_flops_per_token(CONFIG.model, 16)
     assert prediction.mfu(overlap=False) == pytest.approx(per_token * tokens / 87 / (8 * 100))
+
+
+def test_a_compiled_schedule_says_what_is_exposed():
+    reduction = collective("all-reduce", ("model",), 4, "layer forward", floats=8)
+    beside = dataclasses.replace(reduction, overlapped_flops=400)
+    gather = collective("all-gather", ("data",), 2, "parameter gather", floats=100)
+    schedule = Audit((reduction, beside, gather), (), {}, 0, 0)
+    prediction = predict(WORK, CHIP, schedule=schedule)
+    alone = exposure.transfer_seconds(reduction, CHIP.link)
+    assert prediction.reductions == alone + (alone - 4) + 103
+    assert prediction.overlappable == 0
 
 
 def test_attention_writes_no_scores():
@@ -207,6 +219,7 @@ OWN = ("--flops=1e12", "--memory_rate=1e11", "--link_bandwidth=1e9", "--link_lat
     ("arguments", "said"),
     [
         ([*SMALL], ["--chip is missing", "v5p", "--flops"]),
+        ([*SMALL, "--topology=v5p"], ["--topology=v5p is not a topology", "v5p:4x4x4"]),
         ([*SMALL, "--chip=v5q"], ["--chip=v5q", "nearest is v5", "gaudi3"]),
         ([*SMALL, "--chip=v5p", "--p=1.5"], ["--p=1.5", "[0, 1]"]),
         ([*SMALL, "--chip=v5p", "--p=-0.1"], ["--p=-0.1", "[0, 1]"]),
