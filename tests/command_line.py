@@ -42,12 +42,13 @@ _FORK_SERVER.set_forkserver_preload(
 )
 
 
-def start_forked(command, folder, outputs, environment=None):
+def start_forked(command, folder, outputs, environment=None, constants=None):
     """The process of a script and its arguments, run in `folder`, its ~ too.
 
-    `outputs` are the files for its stdout and stderr, `environment` variables to set.
+    `outputs` are the files for its stdout and stderr, `environment` variables to set, `constants`
+    values by the names of what they replace, such as "caat_jax.devices.processes.TIMEOUT_SECONDS".
     """
-    arguments = (command, folder, outputs, environment or {})
+    arguments = (command, folder, outputs, environment or {}, constants or {})
     process = _FORK_SERVER.Process(target=_run_script, args=arguments)
     process.start()
     return process
@@ -69,8 +70,10 @@ def run_forked(command, folder):
     return process.exitcode, stdout, stderr
 
 
-def _run_script(command, folder, outputs, environment):
+def _run_script(command, folder, outputs, environment, constants):
     """In the forked process: nothing relative, or below ~, is written to the repository."""
+    for name, value in constants.items():
+        pytest.MonkeyPatch().setattr(name, value)
     os.chdir(folder)
     os.environ.update({"HOME": str(folder), **environment})
     sys.argv = list(command)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,7 @@ class Run:
         *flags: str,
         devices: int = 8,
         environment: dict[str, str] | None = None,
+        constants: dict[str, Any] | None = None,
     ):
         fields = SMALL | {"mesh.simulated_devices": devices} | fields
         command = [
@@ -82,7 +84,7 @@ class Run:
         workdir.parent.mkdir(exist_ok=True)
         self._output = workdir.with_name(f"{workdir.name}.{time.monotonic_ns()}.log")
         outputs = [self._output] * 2
-        self._process = start_forked(command, workdir.parent, outputs, environment)
+        self._process = start_forked(command, workdir.parent, outputs, environment, constants)
 
     @property
     def output(self) -> str:
@@ -114,9 +116,18 @@ class Run:
         return self._process.exitcode
 
 
-def start_processes(number: int, workdir: Path, fields: dict, devices: int = 2) -> list[Run]:
+def start_processes(
+    number: int,
+    workdir: Path,
+    fields: dict,
+    devices: int = 2,
+    constants: dict[str, Any] | None = None,
+) -> list[Run]:
     """One run of so many processes on this machine, with `devices` each."""
-    return [Run(workdir, fields, *flags, devices=devices) for flags in processes_flags(number)]
+    return [
+        Run(workdir, fields, *flags, devices=devices, constants=constants)
+        for flags in processes_flags(number)
+    ]
 
 
 def processes_flags(number: int) -> list[list[str]]:
