@@ -12,12 +12,14 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from absl import flags
 
 from caat_jax import command_line
+from caat_jax.devices import processes
 
 REPOSITORY = Path(command_line.__file__).parent.parent
 TINY = f"--config={REPOSITORY / 'configs/tiny.py'}"
@@ -87,29 +89,49 @@ def _run_script(command, folder, outputs, environment, constants):
         atexit._run_exitfuncs()
 
 
-def run_here(command, folder):
-    """As `run_forked`, in this process: for scripts that start no devices and compile nothing."""
+def run_here(command, folder, simulate_devices=lambda mesh: None):
+    """As `run_forked`, in this process, with the devices that are there: for what compiles nothing.
+
+    It costs a hundredth, but what a script leaves behind stays: settings of JAX and of loggers.
+    """
     defined = set(flags.FLAGS)
     outputs = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(folder),
         contextlib.redirect_stdout(outputs[0]),
         contextlib.redirect_stderr(outputs[1]),
+        warnings.catch_warnings(),
         pytest.MonkeyPatch.context() as patch,
     ):
+        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections
         patch.setenv("HOME", str(folder))
         patch.setattr(sys, "argv", list(command))
         patch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        patch.setattr(command_line, "simulate_devices", simulate_devices)
+        patch.setattr(processes, "join", _join_none)
         try:
             runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code or 0
         finally:
-            for name in set(flags.FLAGS) - defined:
-                delattr(flags.FLAGS, name)
+            _delete_flags(command[0], defined)
             flags.FLAGS.unparse_flags()
     return code, *(output.getvalue() for output in outputs)
+
+
+def _delete_flags(script, kept):
+    """Those that a script defined; not those of libraries which it was the first to import."""
+    scripts = (script, str(REPOSITORY / script))
+    for module, found in list(flags.FLAGS.flags_by_module_dict().items()):
+        for name in {flag.name for flag in found} - kept:
+            if name.startswith("config.") or module in scripts or module.startswith("caat_jax"):
+                delattr(flags.FLAGS, name)
+
+
+def _join_none(**place):
+    """What JAX says where no launcher started the process."""
+    raise ValueError("coordinator_address should be defined.")
 
 
 def run_as_users_do(*command):

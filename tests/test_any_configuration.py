@@ -15,7 +15,6 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
-from caat_jax import command_line
 from caat_jax.training import loop
 from caat_jax.training.metrics import read_metrics
 from caat_jax.training.step import Programs
@@ -278,10 +277,9 @@ def check_traced(command, folder, monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda: devices[: mesh.simulated_devices or 1])
 
     with monkeypatch.context() as monkeypatch:
-        monkeypatch.setattr(command_line, "simulate_devices", simulate_devices)
         monkeypatch.setattr(loop, "Programs", TracedPrograms)
         try:
-            return run_here([*command, "--num_processes=1"], folder)
+            return run_here(command, folder, simulate_devices)
         except StepTraced:
             return None
 
@@ -354,7 +352,6 @@ def check_drawn(become, folder, examples, derandomize):
     assert min(outcomes["trains"], outcomes["is refused"]) > examples / 5, outcomes
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections
 def test_any_configuration_is_traced_or_refused(folder, monkeypatch):
     def become(command, workdir):
         result = check_traced(command, folder, monkeypatch)

@@ -1,11 +1,12 @@
 """What the user gives and cannot work: one line on stderr, exit code 2, nothing written.
 
-Most commands run in a forked process (`tests/command_line.py`); one of each kind runs as users run
-it.
+Most commands run in the test's process (`tests/command_line.py`); one of each kind runs as users
+run it.
 """
 
 import re
 import shutil
+import sys
 
 import pytest
 import sentencepiece
@@ -17,13 +18,20 @@ from tests.command_line import (
     flags_of,
     run_as_users_do,
     run_forked,
+    run_here,
     write_texts,
 )
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A function: script and arguments -> exit code, stdout, stderr."""
+    """A function: script and arguments -> exit code, stdout, stderr; for what is refused."""
+    return lambda *command: run_here(command, tmp_path)
+
+
+@pytest.fixture
+def run_whole(tmp_path):
+    """The same in a process of its own, for what computes."""
     return lambda *command: run_forked(command, tmp_path)
 
 
@@ -119,9 +127,14 @@ def test_workdir_is_required(run, command):
     "arguments",
     [
         ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.layer=2"],
-        ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.sync_factor=1.5"],
-        ["eval.py", "--workdir=/nonexistent/x"],
-        ["generate.py", "--workdir=/nonexistent/x", "--prompt=a"],
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in (
+                ["train.py", "--workdir=/nonexistent/x", TINY, "--config.model.sync_factor=1.5"],
+                ["eval.py", "--workdir=/nonexistent/x"],
+                ["generate.py", "--workdir=/nonexistent/x", "--prompt=a"],
+            )
+        ),
     ],
     ids=["flags", "configuration", "evaluation", "generation"],
 )
@@ -156,9 +169,10 @@ def test_what_does_not_fit_into_memory(run, tmp_path):
     ],
     ids=["syntax", "no get_config", "unknown field"],
 )
-def test_config_file_that_cannot_be_used(run, tmp_path, name, source, said):
+def test_config_file_that_cannot_be_used(run_whole, tmp_path, name, source, said):
+    """Not in this process, which would keep what it has of another file."""
     (tmp_path / name).write_text(source)
-    result = run("train.py", f"--config={tmp_path / name}", f"--workdir={tmp_path / 'run'}")
+    result = run_whole("train.py", f"--config={tmp_path / name}", f"--workdir={tmp_path / 'run'}")
     assert_refused(result, said)
 
 
@@ -251,11 +265,11 @@ def test_evaluation_refuses_flags(run, tmp_path, arguments, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_tasks_without_lm_eval():
-    hidden = "sys.modules['lm_eval'] = None; runpy.run_path('eval.py', run_name='__main__')"
-    command = ["-c", f"import runpy, sys; {hidden}", "--workdir=/nonexistent/x", "--tasks=piqa"]
-    said = ["lm_eval", "not installed", "pip install -r requirements-eval.txt"]
-    assert_refused(run_as_users_do(*command), *said)
+def test_tasks_without_lm_eval(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "caat_jax.evaluation.harness", raising=False)
+    result = run("eval.py", "--workdir=/nonexistent/x", "--tasks=piqa")
+    assert_refused(result, "lm_eval", "not installed", "pip install")
 
 
 @pytest.mark.parametrize(
@@ -310,22 +324,22 @@ def test_step_time_refuses(run, arguments, said):
     assert_refused(run("caat_jax/step_time/__main__.py", TINY, *fields, *arguments), *said)
 
 
-def test_run_that_works_and_then_another_architecture(run, small, tmp_path):
+def test_run_that_works_and_then_another_architecture(run_whole, small, tmp_path):
     """The way from train.py to eval.py, and its workdir given to another model."""
     workdir = tmp_path / "run"
-    code, stdout, stderr = run(*small)
+    code, stdout, stderr = run_whole(*small)
     assert code == 0, stderr
     assert f"python eval.py --workdir={workdir}" in stdout
-    code, evaluated, stderr = run("eval.py", f"--workdir={workdir}")
+    code, evaluated, stderr = run_whole("eval.py", f"--workdir={workdir}")
     assert code == 0, stderr
     loss = float(re.search(r"validation loss +(\S+)", evaluated)[1])
     assert f"validation loss {loss:.4f} nats per token" in stdout
-    check_generation(run, workdir, tmp_path)
+    check_generation(run_whole, workdir, tmp_path)
 
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     other = ["--config.model.layers=2", "--config.model.sync_factor=0.25"]
     said = ["model.layers: stored 1, requested 2", "model.sync_factors", str(workdir)]
-    assert_refused(run(*small, *other), *said)
+    assert_refused(run_whole(*small, *other), *said)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
@@ -374,9 +388,9 @@ def test_generate_refuses(run, tmp_path, arguments, said):
     assert not (tmp_path / "run").exists()
 
 
-def test_workdir_below_the_home_folder(run, small, tmp_path):
+def test_workdir_below_the_home_folder(run_whole, small, tmp_path):
     """Shells leave the ~ of `--workdir=~/run` to the program."""
-    code, _, stderr = run(*small, "--workdir=~/run")
+    code, _, stderr = run_whole(*small, "--workdir=~/run")
     assert code == 0, stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"checkpoints", "metrics.jsonl"}
     assert not (tmp_path / "~").exists()
