@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
             layers=4,
             embed_dim=256,  # D, the width of the residual stream
             heads=8,
-            kv_heads=8,  # fewer than heads: grouped-query attention
+            # Fewer than heads: grouped-query attention.  A multiple of tp_shards, or a divisor, in
+            # which case consecutive shards share a head.
+            kv_heads=8,
             head_dim=-1,  # -1: embed_dim / heads
             mlp_dim=768,
             vocab_size=-1,  # -1: the tokeniser's, rounded up to a multiple of tp_shards

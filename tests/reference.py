@@ -139,7 +139,7 @@ def attention(hidden_BTD, weights, rope):
 
 
 def attention_backward(d_out_BTD, weights, gradients, saved, rope):
-    """Writes the shard's weight gradients into `gradients`; returns the gradient of hidden."""
+    """Adds the shard's weight gradients to `gradients`; returns the gradient of hidden."""
     hidden_BTD, heads_BTHh, attention_saved = saved
     gradients["output"][...] = np.einsum("BTHh,BTD->HhD", heads_BTHh, d_out_BTD, optimize=True)
     d_heads_BTHh = np.einsum("BTD,HhD->BTHh", d_out_BTD, weights["output"], optimize=True)
@@ -147,7 +147,7 @@ def attention_backward(d_out_BTD, weights, gradients, saved, rope):
     d_q, d_k = rotary_backward(d_q, rope), rotary_backward(d_k, rope)
     d_hidden_BTD = np.zeros_like(hidden_BTD)
     for name, d_projected in (("query", d_q), ("key", d_k), ("value", d_v)):
-        gradients[name][...] = np.einsum("BTD,BTHh->DHh", hidden_BTD, d_projected, optimize=True)
+        gradients[name][...] += np.einsum("BTD,BTHh->DHh", hidden_BTD, d_projected, optimize=True)
         d_hidden_BTD += np.einsum("BTHh,DHh->BTD", d_projected, weights[name], optimize=True)
     return d_hidden_BTD
 
@@ -203,10 +203,17 @@ def part_of_shard(array, axis, j, S):
 
 def weights_of_shard(sublayer_weights, n, j, S):
     """Layer n's weights of one sublayer on shard j, as views."""
-    return {
-        name: part_of_shard(weight[n], SHARDED_AXIS[name], j, S) if name != "norm" else weight[n]
-        for name, weight in sublayer_weights.items()
-    }
+    parts = {}
+    for name, weight in sublayer_weights.items():
+        heads = weight.shape[2] if name in ("key", "value") else S
+        if name == "norm":
+            parts[name] = weight[n]
+        elif heads < S:  # S / heads consecutive shards hold the same head
+            head = j * heads // S
+            parts[name] = weight[n][:, head : head + 1]
+        else:
+            parts[name] = part_of_shard(weight[n], SHARDED_AXIS[name], j, S)
+    return parts
 
 
 def sublayer(function, x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon):
@@ -337,13 +344,14 @@ def validate(params, tokens_BT, tp_shards, sync_widths):
     """Refuses what METHOD.md does not define."""
     layers = params["layers"]
     N, D, H, h = layers["attention"]["query"].shape
-    sharded = {"heads": H, "kv heads": layers["attention"]["key"].shape[2]}
+    K = layers["attention"]["key"].shape[2]
+    sharded = {"heads": H, "kv heads": K} if tp_shards < 1 or tp_shards % K else {"heads": H}
     sharded |= {"MLP width": layers["mlp"]["gate"].shape[2], "vocabulary": len(params["embedding"])}
     for name, size in sharded.items():
         if tp_shards < 1 or size % tp_shards:
             raise ValueError(f"{name} {size} is not a multiple of tp_shards {tp_shards}")
-    if H % sharded["kv heads"]:
-        raise ValueError(f"heads {H} is not a multiple of kv heads {sharded['kv heads']}")
+    if H % K:
+        raise ValueError(f"heads {H} is not a multiple of kv heads {K}")
     if h % 2:
         raise ValueError(f"head_dim {h} is odd: rotary turns pairs of channels")
     if len(sync_widths) != N or not all(0 <= w <= D for pair in sync_widths for w in pair):

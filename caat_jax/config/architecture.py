@@ -48,6 +48,15 @@ class Architecture:
     tp_shards: int
     sync_factors: SyncFactors
 
+    @property
+    def computed_kv_heads(self) -> int:
+        """Key/value heads that all shards compute together.
+
+        With fewer heads than shards, S/K consecutive shards share one, and each computes its keys
+        and values from its own stream.
+        """
+        return max(self.kv_heads, self.tp_shards)
+
     def sync_width(self, p: float) -> int:
         """D_s of a sublayer with this factor."""
         return int(self.embed_dim * p)
@@ -90,8 +99,13 @@ def checked_architecture(model: dict[str, Any]) -> Architecture:
         if field == "vocab_size" and value == -1:
             continue
         at_least(f"model.{field}", value, 1)
+        if field == "kv_heads" and shards % value == 0:  # S/K shards share each
+            continue
         if value % shards:
-            hint = ", or pad the vocabulary with model.vocab_size=-1" * (field == "vocab_size")
+            hint = {
+                "vocab_size": ", or pad the vocabulary with model.vocab_size=-1",
+                "kv_heads": ", or a divisor of model.tp_shards, which shards share",
+            }.get(field, "")
             raise InputError(
                 f"model.{field}={value} does not divide over model.tp_shards={shards};"
                 f" the nearest that do: {nearest_multiples(value, shards)}{hint}"

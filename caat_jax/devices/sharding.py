@@ -36,6 +36,7 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "channels": ("model",),
     "heads": ("model",),
     "kv_heads": ("model",),
+    "shared_kv_heads": (),  # fewer than shards: every device has all, and uses those of its shards
     "mlp": ("model",),
     "embed": ("fsdp",),  # D as an axis of a weight: stored in parts, gathered before use
     "head_dim": (),

@@ -89,16 +89,24 @@ def _mesh(arch: Architecture) -> Mesh:
 def _check_shards(model: Mapping[str, Any], tp_shards: int) -> None:
     """Refuses a number of shards that the weights cannot be split into.
 
+    Key/value heads are split over the shards, or, where there are fewer, shared by some.
     A vocabulary is not padded to a multiple: rows of zeros would have logits of 0, not of −∞, and
     so take probability from the others; no weights without a bias can say −∞.
     """
-    split = {name: model[name] for name in ("heads", "kv_heads", "mlp_dim", "vocab_size")}
-    common = math.gcd(*split.values())
-    if tp_shards < 1 or common % tp_shards:
-        sizes = ", ".join(f"{name} {size}" for name, size in split.items())
-        allowed = [str(n) for n in range(1, min(common, 1024) + 1) if common % n == 0]
+    split = {name: model[name] for name in ("heads", "mlp_dim", "vocab_size")}
+    common, kv_heads = math.gcd(*split.values()), model["kv_heads"]
+    allowed = [
+        n
+        for n in range(1, min(common, 1024) + 1)
+        if common % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+    ]
+    if tp_shards not in allowed:
+        sizes = ", ".join(
+            f"{name} {size}" for name, size in (split | {"kv_heads": kv_heads}).items()
+        )
         raise InputError(
-            f"--tp_shards={tp_shards} does not divide all of {sizes}; allowed: {', '.join(allowed)}"
+            f"--tp_shards={tp_shards} does not divide all of {sizes} (or is no multiple of"
+            f" kv_heads); allowed: {', '.join(map(str, allowed))}"
         )
 
 

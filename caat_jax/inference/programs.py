@@ -122,7 +122,7 @@ class InferencePrograms:
         arch = self.config.model
         caches = []
         for span, formats in zip(self._layout.spans, self._cache_formats, strict=True):
-            shape = (arch.kv_heads * batch, cache_length, arch.head_dim)
+            shape = (arch.computed_kv_heads * batch, cache_length, arch.head_dim)
             if self._layout.is_stacked:
                 shape = (span.last - span.first, *shape)
             caches.append(

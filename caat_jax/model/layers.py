@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from caat_jax.config.architecture import Architecture
 from caat_jax.model import partial_sync
@@ -45,8 +46,9 @@ class Attention(nnx.Module):
         N, D, H, K, h = arch.layers, arch.embed_dim, arch.heads, arch.kv_heads, arch.head_dim
         self.norm = norm_scale((N, D), ("layers", "norm"))
         self.query = weight(rngs, (N, D, H, h), ("layers", "embed", "heads", "head_dim"))
-        self.key = weight(rngs, (N, D, K, h), ("layers", "embed", "kv_heads", "head_dim"))
-        self.value = weight(rngs, (N, D, K, h), ("layers", "embed", "kv_heads", "head_dim"))
+        kv_heads = "shared_kv_heads" if K < arch.tp_shards else "kv_heads"
+        self.key = weight(rngs, (N, D, K, h), ("layers", "embed", kv_heads, "head_dim"))
+        self.value = weight(rngs, (N, D, K, h), ("layers", "embed", kv_heads, "head_dim"))
         self.output = weight(
             rngs, (N, H, h, D), ("layers", "heads", "head_dim", "embed"), output_std(arch)
         )
@@ -72,7 +74,8 @@ class Attention(nnx.Module):
         self, grouping: Grouping, sync_width: int, dtype: jnp.dtype
     ) -> SublayerWeights:
         """What is multiplied with; the columns of a group are query, key and value in turn."""
-        inputs = (self.query, self.key, self.value)
+        key, value = (heads_of_shards(w[...], self.arch) for w in (self.key, self.value))
+        inputs = (self.query[...], key, value)
         return _sublayer_weights(
             self.arch, self.norm, inputs, self.output, grouping, sync_width, dtype
         )
@@ -98,10 +101,19 @@ class Mlp(nnx.Module):
         self, grouping: Grouping, sync_width: int, dtype: jnp.dtype
     ) -> SublayerWeights:
         """What is multiplied with; the columns of a group are gate and up in turn."""
-        inputs = (self.gate, self.up)
+        inputs = (self.gate[...], self.up[...])
         return _sublayer_weights(
             self.arch, self.norm, inputs, self.down, grouping, sync_width, dtype
         )
+
+
+def heads_of_shards(weight_DKh: jax.Array, arch: Architecture) -> jax.Array:
+    """The key or value heads of this device's shards, one a shard where shards share heads."""
+    if arch.kv_heads >= arch.tp_shards:
+        return weight_DKh
+    local_shards = arch.tp_shards // lax.axis_size("model")
+    shards = lax.axis_index("model") * local_shards + jnp.arange(local_shards)
+    return jnp.take(weight_DKh, shards * arch.kv_heads // arch.tp_shards, axis=1)
 
 
 def query_key_value(
@@ -114,7 +126,7 @@ def query_key_value(
     projected = norm_and_project(stream, weights.inputs, epsilon=arch.norm_epsilon)
     # A group has the same part of all query, key and value heads.
     columns = projected.shape[-1]
-    keys = columns * arch.kv_heads // (arch.heads + 2 * arch.kv_heads)
+    keys = columns * arch.computed_kv_heads // (arch.heads + 2 * arch.computed_kv_heads)
     query, key, value = (
         part.reshape(*part.shape[:-1], -1, arch.head_dim)
         for part in jnp.split(projected, (columns - 2 * keys, columns - keys), axis=-1)
@@ -139,13 +151,13 @@ def mlp(stream: Stream, weights: SublayerWeights, arch: Architecture, wire: Wire
 def _sublayer_weights(
     arch: Architecture,
     norm: nnx.Param,
-    inputs: tuple[nnx.Param, ...],
+    inputs: tuple[jax.Array, ...],
     output: nnx.Param,
     grouping: Grouping,
     sync_width: int,
     dtype: jnp.dtype,
 ) -> SublayerWeights:
-    columns = [w[...].reshape(arch.embed_dim, grouping.groups, -1) for w in inputs]
+    columns = [w.reshape(arch.embed_dim, grouping.groups, -1) for w in inputs]
     columns = partial_sync.scaled_columns(
         norm[...], jnp.concatenate(columns, axis=-1), grouping.common_width, dtype
     )

@@ -58,7 +58,10 @@ BAD_FIELDS = [
     ({"train__sync_schedule": None}, ["train.sync_schedule=None", "configs/base.py"]),
     ({"model__heads": 12}, ["model.heads=12", "model.tp_shards=8", "8 or 16"]),
     ({"model__heads": 4}, ["model.heads=4", "model.tp_shards=8", " 8"]),
-    ({"model__kv_heads": 12}, ["model.kv_heads=12", "model.tp_shards=8", "8 or 16"]),
+    (
+        {"model__kv_heads": 12},
+        ["model.kv_heads=12", "model.tp_shards=8", "8 or 16", "or a divisor"],
+    ),
     ({"model__mlp_dim": 770}, ["model.mlp_dim=770", "model.tp_shards=8", "768 or 776"]),
     ({"model__vocab_size": 258}, ["model.vocab_size=258", "256 or 264", "model.vocab_size=-1"]),
     ({"model__vocab_size": 0}, ["model.vocab_size=0", "at least 1"]),

@@ -95,6 +95,7 @@ CASES = [
     dict(M=1, layers=3, sync_factor_per_layer=((0.25, 0.75), (1.0, 0.5), 0.5)),
     dict(M=8, layers=3, sync_factor_per_layer=(1.0, 1.0, (0.0, 0.5)), scan_layers=False),
     dict(mesh=GROUPED, sync_factor=0.5, kv_heads=16),
+    dict(M=4, sync_factor=0.5, kv_heads=2, scan_layers=False),
     dict(mesh=GROUPED, sync_factor_per_layer=(1.0, (0.25, 0.5)), tied_head=True),
 ]
 

@@ -113,6 +113,14 @@ def test_data_and_fsdp(mesh, choices):
     check(config_of(4, 2, choices, mesh=mesh, sync_factor=0.5))
 
 
+@pytest.mark.parametrize(("S", "M", "kv_heads"), [(8, 1, 2), (8, 8, 2), (6, 3, 2), (4, 2, 1)])
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_shards_share_key_and_value_heads(S, M, kv_heads, p):
+    """S is a multiple of the heads; with S = 6 on 3 devices, a device's two shards may differ."""
+    sizes = dict(embed_dim=48, heads=24, kv_heads=kv_heads, vocab_size=48)
+    check(config_of(S, M, CHOICES[0], sync_factor=p, **sizes))
+
+
 @pytest.mark.parametrize("M", [1, 4])
 def test_attention_over_several_blocks(M):
     """150 positions are three blocks of queries, the last of them short."""

@@ -210,7 +210,6 @@ def test_random_parameters_survive_the_cast_to_float32():
     ("changes", "message"),
     [
         ({"tp_shards": 3}, "heads 8 is not a multiple of tp_shards 3"),
-        ({"tp_shards": 8}, "kv heads 4 is not a multiple of tp_shards 8"),
         ({"sync_widths": HALF[:1]}, "expected 2 pairs"),
         ({"sync_widths": [(6, 6), (6, EMBED_DIM + 1)]}, "expected 2 pairs within 0..12"),
     ],

@@ -66,6 +66,20 @@ class ColumnParallel(nn.Linear):
         return torch.einsum("btsd,snd->btsn", x_BxTxSxD, weight_SxnxD).flatten(-2)
 
 
+class SharedColumnParallel(ColumnParallel):
+    """The same of fewer key or value heads than shards: consecutive shards share a head, of which
+    each computes its own keys or values."""
+
+    shards: int
+    head_dim: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_BxTxSxD = x.unflatten(-1, (self.shards, -1))
+        weight_KxnxD = self.weight.unflatten(0, (-1, self.head_dim))
+        weight_SxnxD = weight_KxnxD.repeat_interleave(self.shards // len(weight_KxnxD), dim=0)
+        return torch.einsum("btsd,snd->btsn", x_BxTxSxD, weight_SxnxD).flatten(-2)
+
+
 class PartialRowParallel(nn.Linear):
     """Each shard's activations times its columns of the weight [D, S·n], then the partial
     channel-reduce: the first `sync_width` channels summed over shards, the others times √S.
@@ -112,7 +126,19 @@ class CaatLlamaForCausalLM(LlamaForCausalLM):
         for layer, widths in zip(self.model.layers, config.sync_widths, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             turn_into(NormOfStreams, layer.input_layernorm, layer.post_attention_layernorm)
-            turn_into(ColumnParallel, attention.q_proj, attention.k_proj, attention.v_proj)
+            turn_into(ColumnParallel, attention.q_proj)
+            if config.num_key_value_heads < shards:
+                head_dim = attention.head_dim
+                attention.num_key_value_groups = config.num_attention_heads // shards
+                turn_into(
+                    SharedColumnParallel,
+                    attention.k_proj,
+                    attention.v_proj,
+                    shards=shards,
+                    head_dim=head_dim,
+                )
+            else:
+                turn_into(ColumnParallel, attention.k_proj, attention.v_proj)
             turn_into(ColumnParallel, mlp.gate_proj, mlp.up_proj)
             for output, width in zip((attention.o_proj, mlp.down_proj), widths, strict=True):
                 turn_into(PartialRowParallel, output, shards=shards, sync_width=width)
