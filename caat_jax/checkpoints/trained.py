@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
-from caat_jax.data.tokenizers import Tokenizer, load_tokenizer
+from caat_jax.data import carried_tokenizer
+from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.devices import sharding
 from caat_jax.model.transformer import Blueprint
 
@@ -22,6 +23,7 @@ from caat_jax.model.transformer import Blueprint
 class TrainedModel:
     """The model of one checkpoint, on the devices of a mesh."""
 
+    workdir: Path
     step: int
     config: Config  # the checkpoint's, the mesh worked out
     mesh: Mesh
@@ -30,16 +32,16 @@ class TrainedModel:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's; raises as `tokenizer_of` does."""
-        return tokenizer_of(self.config)
+        return tokenizer_of(self.config, self.workdir)
 
 
-def tokenizer_of(config: Config) -> Tokenizer:
-    """The tokeniser that a checkpoint's configuration names.
+def tokenizer_of(config: Config, workdir: Path) -> Tokenizer:
+    """The tokeniser that a checkpoint's configuration names, or the workdir's copy of it.
 
     Raises:
       InputError: it cannot be loaded, or has more ids than the model.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = carried_tokenizer.load(config.data.tokenizer, workdir)
     config.with_vocabulary(tokenizer.size)
     return tokenizer
 
@@ -67,4 +69,4 @@ def restore_model(
         # take the memory of float32.
         shapes = blueprint.on_mesh(mesh, jnp.dtype(config.compute.dtype))
         parameters = checkpoints.restore_parameters(step, shapes)
-    return TrainedModel(step, config, mesh, parameters)
+    return TrainedModel(workdir, step, config, mesh, parameters)

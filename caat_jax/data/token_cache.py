@@ -2,7 +2,8 @@
 
 Letters: T, the sequence length.
 
-A file holds `BOS document EOS` for one document after the other.  Sequence i is its tokens
+A file holds `BOS document EOS` for one document after the other (of an imported model, what its
+tokeniser puts there instead of BOS).  Sequence i is its tokens
 [i·T, i·T + T + 1): neighbours share one token, so that every token but the first is a target once.
 """
 
@@ -148,9 +149,9 @@ def _tokenize(
         file.seek(0, os.SEEK_END)
         for texts in _batches(documents, done["documents"]):
             for ids in tokenizer.encode_batch(texts):
-                document = np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))
-                file.write(document.astype(dtype).tobytes())
-                done["tokens"] += len(ids) + 2
+                document = np.array([*tokenizer.prefix, *ids, tokenizer.eos_id], dtype)
+                file.write(document.tobytes())
+                done["tokens"] += len(document)
             done["documents"] += len(texts)
             file.flush()
             os.fsync(file.fileno())

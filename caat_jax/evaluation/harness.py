@@ -62,8 +62,8 @@ class Generates(Protocol):
 class HarnessModel(LM):
     """A model as the harness sees one: text in, log-likelihoods or text out.
 
-    Every text begins a document, so BOS comes before it, as in training.  What is longer than
-    `data.sequence_length` loses its beginning.
+    Every text starts a document, as in training: after BOS, or what an imported model takes.  What
+    is longer than `data.sequence_length` is truncated from the left.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer, generator: Callable[[], Generates]):
@@ -84,8 +84,14 @@ class HarnessModel(LM):
           InputError: a continuation is longer than `data.sequence_length`.
         """
         # The harness's rule: white space between the two belongs to the continuation's tokens.
-        contexts = self._encode([request.args[0].rstrip() for request in requests])
+        texts = [request.args[0].rstrip() for request in requests]
+        contexts = self._encode(texts)
         wholes = self._encode(["".join(request.args) for request in requests])
+        if not self._tokenizer.prefix:  # the first token is predicted too, after BOS
+            wholes = [
+                whole if text else [self._tokenizer.bos_id, *whole]
+                for text, whole in zip(texts, wholes, strict=True)
+            ]
         return self._scorer.score(
             [self._continuation(*pair) for pair in zip(contexts, wholes, strict=True)]
         )
@@ -93,9 +99,10 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of each (text,): the sum over windows in which every token is predicted once."""
         windows, owners = [], []
-        for owner, ids in enumerate(self._encode([request.args[0] for request in requests])):
+        texts = self._tokenizer.encode_batch([request.args[0] for request in requests])
+        for owner, ids in enumerate(texts):
             for inputs, predicted in get_rolling_token_windows(
-                ids[1:], ids[0], self._scorer.sequence_length, context_len=1
+                ids.tolist(), self._tokenizer.bos_id, self._scorer.sequence_length, context_len=1
             ):
                 windows.append(Scored([*inputs, predicted[-1]], len(predicted)))
                 owners.append(owner)
@@ -126,15 +133,19 @@ class HarnessModel(LM):
                 [prompts[n][new - longest :] for n in numbers],
                 max_new_tokens=new,
                 sampling=Sampling(**given, seed=seed),
-                stop_ids=(self._tokenizer.eos_id,),
+                stop_ids=self._tokenizer.roles.stop_ids,
             )
             for n, ids in zip(numbers, generated, strict=True):
                 texts[n] = _before_stop(self._tokenizer.decode(ids), stops[n])
         return [texts[n] for n in range(len(requests))]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        bos = self._tokenizer.bos_id
-        return [[bos, *ids.tolist()] for ids in self._tokenizer.encode_batch(texts)]
+        tokenizer = self._tokenizer
+        # A text without any token, of a tokeniser that puts nothing before it, needs one.
+        return [
+            [*tokenizer.prefix, *ids.tolist()] or [tokenizer.bos_id]
+            for ids in tokenizer.encode_batch(texts)
+        ]
 
     def _continuation(self, context: list[int], whole: list[int]) -> Scored:
         # A tokeniser may join a short continuation to the context's last token.

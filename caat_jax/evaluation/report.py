@@ -67,7 +67,7 @@ class Validation(NamedTuple):
 def evaluate_checkpoint(workdir: Path, step: int, config: Config) -> Validation:
     """One checkpoint on all validation sequences, on this machine's devices, whatever it was
     trained on; `train.eval_sequences` plays no part."""
-    cache = open_cache(config.data, tokenizer_of(config))
+    cache = open_cache(config.data, tokenizer_of(config, workdir))
     model = restore_model(workdir, step, config)
     programs = Programs(model.config, model.mesh)
     loss_sum, count = summed_loss(programs, model.parameters, cache.validation, limit=-1)

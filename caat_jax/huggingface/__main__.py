@@ -17,6 +17,8 @@ from caat_jax import command_line
 from caat_jax.config import user_paths
 from caat_jax.config.sections import Config
 from caat_jax.config.stored import to_json
+from caat_jax.data import carried_tokenizer
+from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.huggingface import exporting, folders, importing, llama_config
 from configs import base
@@ -52,6 +54,11 @@ def _import(source: Path, workdir: Path) -> None:
         f" {imported.parameters / 1e6:,.1f} M parameters from {', '.join(imported.dtypes)};"
         f" S={arch.tp_shards}, p={arch.describe_sync_factors()}"
     )
+    if imported.unties:
+        print(
+            "config.json says tie_word_embeddings, but lm_head.weight is stored and differs from"
+            " the embedding: it is kept, as transformers does"
+        )
     if not llama_config.is_dense(arch):
         print(
             f"At p={arch.describe_sync_factors()} these weights do not compute what they compute in"
@@ -59,9 +66,18 @@ def _import(source: Path, workdir: Path) -> None:
         )
     if config.data.tokenizer == base.get_config().data.tokenizer:
         print(f"There is no {' or '.join(folders.TOKENIZERS)}: give --config.data.tokenizer")
+    else:
+        print(_roles(carried_tokenizer.load(config.data.tokenizer, workdir)))
     print(shlex.join(["python", "eval.py", f"--workdir={workdir}"]))
     train = ["python", "train.py", "--config=configs/base.py", f"--workdir={workdir}"]
     print(shlex.join([*train, *_flags(config)]))
+
+
+def _roles(tokenizer: Tokenizer) -> str:
+    stops = ", ".join(f"{tokenizer.token(i)} ({i})" for i in tokenizer.roles.stop_ids)
+    bos = f"{tokenizer.token(tokenizer.bos_id)} ({tokenizer.bos_id})"
+    before = "before each text" if tokenizer.prefix else "which this tokeniser adds nowhere"
+    return f"By {tokenizer.roles.source}, BOS is {bos}, {before}, and text ends at {stops}"
 
 
 def _flags(config: Config) -> list[str]:

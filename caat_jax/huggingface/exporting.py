@@ -13,7 +13,8 @@ from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config import user_paths
 from caat_jax.config.sections import Config, MeshConfig
-from caat_jax.data.tokenizers import load_tokenizer
+from caat_jax.data import carried_tokenizer
+from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
@@ -59,7 +60,7 @@ def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
     one_device = sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1])
     programs = Programs(config, one_device)
     with folders.complete_folder(destination) as folder:
-        _write_configuration(folder, workdir / folders.CARRIED_FOLDER, config, dtype)
+        _write_configuration(folder, workdir, config, dtype)
         shapes = programs.state_shapes.parameters
         tensor_shapes = {
             name: shape
@@ -89,8 +90,9 @@ def _tensors(
             yield mapping.as_tensor(row, parameter if layer is None else parameter[layer])
 
 
-def _write_configuration(folder: Path, carried: Path, config: Config, dtype: str) -> None:
+def _write_configuration(folder: Path, workdir: Path, config: Config, dtype: str) -> None:
     """Writes everything but the weights: what was imported with them, or else the run's own."""
+    carried = workdir / carried_tokenizer.IMPORTED_FOLDER
     if carried.is_dir():
         came = llama_config.read(carried)
         length = llama_config.max_length(came, carried / llama_config.FILE)
@@ -98,9 +100,9 @@ def _write_configuration(folder: Path, carried: Path, config: Config, dtype: str
         folders.copy_files(folders.CARRIED, carried, folder)
     else:
         length = config.data.sequence_length
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = carried_tokenizer.load(config.data.tokenizer, workdir)
         token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        _copy_tokenizer(folder, config.data.tokenizer)
+        _copy_tokenizer(folder, carried_tokenizer.find(config.data.tokenizer, workdir), tokenizer)
         _write_json(folder / "generation_config.json", token_ids)
     fields = llama_config.to_fields(config.model, dtype=dtype, max_length=length) | token_ids
     _write_json(folder / llama_config.FILE, fields)
@@ -108,14 +110,18 @@ def _write_configuration(folder: Path, carried: Path, config: Config, dtype: str
         shutil.copyfile(CODE, folder / CODE.name)
 
 
-def _copy_tokenizer(folder: Path, name: str) -> None:
+def _copy_tokenizer(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     if name == "bytes":  # has no file
         return
     path = user_paths.expanded("data.tokenizer", name)
     shutil.copyfile(path, folder / f"tokenizer{path.suffix}")
     # Without it `transformers` applies the rules of Llama's own tokeniser to any other.
     kind = {".json": "PreTrainedTokenizerFast", ".model": "LlamaTokenizer"}[path.suffix]
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})
+    roles = {
+        "bos_token": tokenizer.token(tokenizer.bos_id),
+        "eos_token": tokenizer.token(tokenizer.eos_id),
+    }
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind, **roles})
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

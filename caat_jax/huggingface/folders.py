@@ -7,21 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from caat_jax.data import token_roles
 from caat_jax.errors import InputError
 
-# What belongs to a model besides config.json and its weights.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-CARRIED = (
-    *TOKENIZERS,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-# Where a workdir keeps them, with the config.json that came with the weights.
-CARRIED_FOLDER = "huggingface"
+# What belongs to a model besides its weights.
+CARRIED = (*TOKENIZERS, *token_roles.FILES)
 
 
 def check_new(path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a folder in Hugging Face's format to a workdir, as `train.py` leaves it at step 0."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.architecture import Architecture
 from caat_jax.config.resolve import resolve
 from caat_jax.config.sections import Config, MeshConfig
+from caat_jax.data.carried_tokenizer import IMPORTED_FOLDER
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
@@ -23,11 +25,16 @@ from configs import base
 
 
 class Imported(NamedTuple):
-    """The workdir's configuration, the number of parameters and the dtypes in the files."""
+    """The workdir's configuration, the number of parameters and the dtypes in the files.
+
+    `unties`: config.json ties the head to the embedding, and the files have another head, which is
+    kept as `transformers` keeps it.
+    """
 
     config: Config
     parameters: int
     dtypes: tuple[str, ...]
+    unties: bool
 
 
 def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: float) -> Imported:
@@ -45,24 +52,29 @@ def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: fl
       InputError: something given cannot work; nothing is written then.
     """
     folders.check_new(workdir)
-    config = _configuration(source, workdir, tp_shards, sync_factor)
+    fields = llama_config.read(source)
     tensors = safetensors_files.stored_tensors(source)
+    config = _configuration(fields, source, workdir, tp_shards, sync_factor)
+    unties = config.model.tied_head and mapping.has_other_head(tensors)
+    if unties:
+        arch = dataclasses.replace(config.model, tied_head=False)
+        config = dataclasses.replace(config, model=arch)
     programs = Programs(config, _mesh(config.model))
     blueprint = programs.blueprint
     found = {name: tensor.shape for name, tensor in tensors.items()}
     mapping.check(found, config.model, blueprint.shapes)
     with folders.complete_folder(workdir) as folder:
-        carried = (llama_config.FILE, *folders.CARRIED)
-        folders.copy_files(carried, source, folder / folders.CARRIED_FOLDER)
+        folders.copy_files(folders.CARRIED, source, folder / IMPORTED_FOLDER)
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(_state(programs, tensors), 0, config, NOTHING_READ)
     dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
-    return Imported(config, blueprint.size, dtypes)
+    return Imported(config, blueprint.size, dtypes, unties)
 
 
-def _configuration(source: Path, workdir: Path, tp_shards: int, sync_factor: float) -> Config:
+def _configuration(
+    fields: dict[str, Any], source: Path, workdir: Path, tp_shards: int, sync_factor: float
+) -> Config:
     path = source / llama_config.FILE
-    fields = llama_config.read(source)
     model = llama_config.model_fields(fields, path)
     _check_shards(model, tp_shards)
     config = base.get_config()
@@ -73,7 +85,7 @@ def _configuration(source: Path, workdir: Path, tp_shards: int, sync_factor: flo
     config.data.sequence_length = min(config.data.sequence_length, length)
     for name in folders.TOKENIZERS:
         if (source / name).is_file():
-            config.data.tokenizer = str(workdir.absolute() / folders.CARRIED_FOLDER / name)
+            config.data.tokenizer = str(workdir.absolute() / IMPORTED_FOLDER / name)
             break
     return resolve(config)
 

@@ -13,7 +13,7 @@ FILE = "config.json"
 # Fields that must be absent or have these values, the only ones that the decoder supports.
 _ONLY = {
     "model_type": "llama",
-    "hidden_act": "silu",
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_bias": False,
     "mlp_bias": False,
     "quantization_config": None,
@@ -65,7 +65,7 @@ def model_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:
         raise InputError(f"{path} has no model_type; it must be llama")
     for key, allowed in _ONLY.items():
         value = fields.get(key)
-        if value is not None and value != allowed:
+        if value is not None and value not in (allowed if type(allowed) is tuple else [allowed]):
             raise InputError(
                 f"{path}: {key}={json.dumps(value)} is not supported; {_hint(allowed)}"
             )
@@ -190,4 +190,7 @@ def _number(fields: dict[str, Any], key: str, default: float, path: Path) -> flo
 
 
 def _hint(allowed: Any) -> str:
-    return "it must be absent" if allowed is None else f"it must be {json.dumps(allowed)}"
+    if allowed is None:
+        return "it must be absent"
+    values = allowed if type(allowed) is tuple else [allowed]
+    return f"it must be {' or '.join(map(json.dumps, values))}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from caat_jax.config.architecture import Architecture
 from caat_jax.errors import InputError
+from caat_jax.huggingface.safetensors_files import StoredTensor
 
 
 class Row(NamedTuple):
@@ -53,8 +54,8 @@ TABLE = (
 )
 
 # Tensors that some folders hold although a Llama computes them.
-_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_HEAD = TABLE[-1].tensor
+_COMPUTED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_EMBEDDING, _HEAD = TABLE[0].tensor, TABLE[-1].tensor
 
 
 def at(tree: Any, row: Row) -> Any:
@@ -131,6 +132,13 @@ def check(found: Mapping[str, tuple[int, ...]], arch: Architecture, shapes: Any)
             raise InputError(
                 f"{name} has shape {list(found[name])}; by config.json it must be {list(shape)}"
             )
+
+
+def has_other_head(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether there is a head that differs from the embedding."""
+    if _HEAD not in tensors or _EMBEDDING not in tensors:
+        return False
+    return not np.array_equal(tensors[_HEAD].array(), tensors[_EMBEDDING].array())
 
 
 def _computed(name: str, arch: Architecture) -> bool:

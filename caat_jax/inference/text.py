@@ -1,6 +1,6 @@
 """Text from text: a run's checkpoint continues prompts, and what is printed is always whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from caat_jax.checkpoints.trained import TrainedModel
@@ -11,7 +11,7 @@ from caat_jax.inference.sampling import Sampling
 
 # What tokenisers decode invalid UTF-8 to, such as the first bytes of a character.
 _NOT_UTF8 = "\N{REPLACEMENT CHARACTER}"
-# So many bytes of a character may lie before its last one, some tokenisers giving one for each.
+# The most tokens of one character before its last, some tokenisers giving one for each byte.
 _LONGEST_UNFINISHED = 3
 
 
@@ -31,51 +31,66 @@ class TextGenerator:
 
     def stream(
         self,
-        prompts: list[str],
+        prompts: Sequence[str | list[int]],
         *,
         max_new_tokens: int,
         sampling: Sampling,
     ) -> Iterator[tuple[int, str, bool]]:
         """(number of a prompt, what follows its text so far, whether that is all), as it comes.
 
-        Each prompt starts a document, and ends with the document.  The arguments
-        are those of `Generator.generate`, which raises `InputError` here at once.
+        Each prompt starts a document, and ends with the document.  The other arguments are those of
+        `Generator.generate`, which raises `InputError` here at once.
+
+        Args:
+          prompts: texts; or ids, in which the start of a document is theirs to say.
+          max_new_tokens: of each prompt.
+          sampling: how each token is chosen.
         """
-        tokenizer = self._tokenizer
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+        ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         steps = self._generator.stream(
             ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            stop_ids=(tokenizer.eos_id,),
+            stop_ids=self._tokenizer.roles.stop_ids,
         )
-        return _texts(steps, [Continuation(tokenizer, prompt) for prompt in ids])
+        return _texts(steps, [Continuation(self._tokenizer, prompt) for prompt in ids])
+
+    def _ids(self, prompt: str) -> list[int]:
+        tokenizer = self._tokenizer
+        return [*tokenizer.prefix, *tokenizer.encode(prompt).tolist()] or [tokenizer.bos_id]
 
 
 class Continuation:
-    """Token by token, the text that follows a prompt, in whole characters."""
+    """Token by token, the text that follows a prompt, in whole characters.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
+    What a token means may depend on those before it: " word" may be "word" at the start of a text.
+    So each piece is decoded after the tokens of the piece before, whose text is taken off again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]):
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids)
-        # Decoded with the prompt: the same token may mean " word" after it and "word" alone.
-        self._shown = len(tokenizer.decode(prompt_ids))
+        self._before, self._pending = list(prompt_ids), []
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while a character lacks bytes."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        unfinished = len(text) - len(text.rstrip(_NOT_UTF8))
-        return self._show(text[: len(text) - min(unfinished, _LONGEST_UNFINISHED)])
+        self._pending.append(token)
+        text = self._text()
+        if text.endswith(_NOT_UTF8) and len(self._pending) <= _LONGEST_UNFINISHED:
+            return ""
+        self._before, self._pending = self._pending, []
+        return text
 
     def finish(self) -> str:
         """What was held back: bytes that no others completed, as replacement characters."""
-        return self._show(self._tokenizer.decode(self._ids))
+        return self._text() if self._pending else ""
 
-    def _show(self, text: str) -> str:
-        new = text[self._shown :]
-        self._shown += len(new)
-        return new
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._before)
+        both = self._tokenizer.decode([*self._before, *self._pending])
+        if both.startswith(before):
+            return both[len(before) :]
+        # Incomplete bytes can spoil the bytes before them, which have been shown already.
+        return self._tokenizer.decode(self._pending)
 
 
 def _texts(
@@ -99,12 +114,14 @@ def read_prompts(path: Path) -> list[str]:
       InputError: the file cannot be read, is not UTF-8, or has an empty line.
     """
     try:
-        lines = path.read_bytes().decode().splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"--prompt_file={path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt_file={path} is not UTF-8 at byte {error.start}") from error
-    if not lines:
+    # Not `splitlines`, to which form feeds and others are ends of lines too.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if not text:
         raise InputError(f"--prompt_file={path} is empty; write one prompt a line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -73,7 +73,7 @@ def measure(
       sequences: how many of the validation split's, from its beginning; -1: all.
     """
     train = dataclasses.replace(config.train, eval_sequences=sequences)
-    validation = open_cache(config.data, tokenizer_of(config)).validation
+    validation = open_cache(config.data, tokenizer_of(config, workdir)).validation
     model = restore_model(workdir, step, dataclasses.replace(config, train=train))
     uncut, mesh, parameters = model.config, model.mesh, model.parameters
     uncut_loss = validation_loss(Programs(uncut, mesh), parameters, validation)

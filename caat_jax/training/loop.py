@@ -14,9 +14,9 @@ from caat_jax.checkpoints import workdir as workdir_lib
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
+from caat_jax.data import carried_tokenizer
 from caat_jax.data.loader import TrainBatches, train_batches
 from caat_jax.data.token_cache import TokenSequences, open_cache
-from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import memory, processes, sharding
 from caat_jax.devices.dispatch import one_program_at_a_time
 from caat_jax.devices.processes import StopRequest
@@ -41,7 +41,7 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
       Interrupted: by SIGTERM or Ctrl-C, after a checkpoint; or another process is gone.
     """
     workdir_lib.check_writable(workdir)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = carried_tokenizer.load_for_training(config.data.tokenizer, workdir)
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
     memory.check_training(config, mesh)
@@ -64,6 +64,8 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         else:
             state, data_state = checkpoints.restore(newest, programs.state_shapes)
             batches.set_state(data_state)
+        if processes.is_first():
+            carried_tokenizer.carry(config.data.tokenizer, workdir)
         done = newest or 0
         with _metrics_writer(workdir, newest) as writer:
             if done < config.train.steps:

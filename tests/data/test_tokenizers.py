@@ -121,7 +121,7 @@ def _spoiled(path, content):
         (lambda d: _spoiled(d / "t.json", b"{}"), "t.json is not a tokenizer.json ("),
         (lambda d: _spoiled(d / "t.model", b"x"), "t.model is not a SentencePiece model"),
         (lambda d: _spoiled(d / "t.model", b""), "t.model is not a SentencePiece model"),
-        (lambda d: _huggingface(d / "t.json", ("[CLS]",)), "add one of <|begin_of_text|>, "),
+        (lambda d: _huggingface(d / "t.json", ("[CLS]",)), "names <|begin_of_text|>, "),
         (lambda d: _sentencepiece(d / "t.model", bos_id=-1), "no token for the start of a"),
         (lambda d: _sentencepiece(d / "t.model", eos_id=-1), "no token for the end of a"),
     ],

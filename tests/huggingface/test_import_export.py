@@ -13,10 +13,10 @@ import tokenizers
 
 from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.checkpoints.trained import tokenizer_of
 from caat_jax.config.resolve import resolve
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.data.token_cache import open_cache
-from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.errors import InputError
 from caat_jax.evaluation import report
 from caat_jax.huggingface import safetensors_files
@@ -76,14 +76,31 @@ def test_values_in_several_files(tmp_path, capsys, monkeypatch):
 
 
 def test_what_a_llama_computes_itself_is_no_part_of_the_weights(tmp_path, capsys):
+    embedding = llama_by_hand(tmp_path / "first", tied=True)["embedding"]
     extra = {
         "model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32),
-        "lm_head.weight": np.ones((64, 32), np.float32),
+        "model.rotary_emb.inv_freq": np.ones(3, np.float32),
+        "lm_head.weight": embedding.astype(np.float32),
     }
-    llama_by_hand(tmp_path / "source", tied=True, tensors=extra)
+    fields = {"hidden_act": "swish"}
+    llama_by_hand(tmp_path / "source", tied=True, tensors=extra, config=fields)
+    path = tmp_path / "source" / "config.json"
+    path.write_text("﻿" + path.read_text())
     do(capsys, "import", tmp_path / "source", tmp_path / "run", "--tp_shards=4")
     do(capsys, "export", tmp_path / "run", tmp_path / "back")
     assert extra.keys().isdisjoint(read_file(tmp_path / "back" / "model.safetensors"))
+
+
+def test_a_stored_head_goes_before_a_tied_one(tmp_path, capsys):
+    other = np.random.default_rng(1).normal(size=(64, 32)).astype(np.float32)
+    llama_by_hand(tmp_path / "source", tied=True, tensors={"lm_head.weight": other})
+    said = do(capsys, "import", tmp_path / "source", tmp_path / "run", "--tp_shards=4")
+    assert "tie_word_embeddings" in said and "--config.model.tied_head" not in said
+    do(capsys, "export", tmp_path / "run", tmp_path / "back")
+    assert read_file(tmp_path / "back" / "model.safetensors") == read_file(
+        tmp_path / "source" / "model.safetensors"
+    )
+    assert not json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"]
 
 
 # ---- Tokenisers, and training on ----------------------------------------------------------------
@@ -95,6 +112,7 @@ def write_tokenizer(path):
     vocabulary = {name: i for i, name in enumerate(names)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(names[:3])
     tokenizer.save(str(path))
 
 
@@ -167,7 +185,7 @@ def test_step_zero_of_an_import_evaluates(tmp_path, capsys):
     )
     config = dataclasses.replace(config, data=data)
     loss = report.evaluate_checkpoint(tmp_path / "run", step, config).loss
-    sequences = open_cache(data, load_tokenizer(data.tokenizer)).validation
+    sequences = open_cache(data, tokenizer_of(config, tmp_path / "run")).validation
     rows = np.stack([sequences[i] for i in range(len(sequences))])
     ours = our_logits(tmp_path / "run", rows=np.maximum(rows[:, :-1], 0))[0]
     log_total = np.log(np.exp(ours).sum(axis=-1))
@@ -198,6 +216,8 @@ def test_run_of_our_own_takes_its_tokeniser_along(tmp_path, capsys):
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((tmp_path / "out" / name).read_text())
         assert (fields["bos_token_id"], fields["eos_token_id"]) == (1, 2)
+    stored = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (stored["bos_token"], stored["eos_token"]) == ("<s>", "</s>")
     (tmp_path / "letters.json").unlink()
     assert_refused(run(capsys, "export", tmp_path / "run", tmp_path / "other"), "letters.json")
     assert not (tmp_path / "other").exists()
