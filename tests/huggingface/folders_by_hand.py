@@ -17,8 +17,6 @@ from caat_jax.errors import InputError
 from caat_jax.huggingface import __main__ as command
 from tests import models, reference
 
-flags.FLAGS.mark_as_parsed()  # there is no command line here
-
 TOLERANCE = 1e-4
 SIZES = dict(
     vocab_size=64,
@@ -32,6 +30,11 @@ SIZES = dict(
 ROWS = np.random.default_rng(5).integers(0, 64, (2, 12), dtype=np.int32)
 
 
+def main(*arguments):
+    flags.FLAGS.mark_as_parsed()  # there is no command line here
+    command.main([str(argument) for argument in arguments])
+
+
 def run(capsys, *arguments):
     """Exit code, stdout and stderr of the command."""
     capsys.readouterr()  # what others wrote before
@@ -40,7 +43,7 @@ def run(capsys, *arguments):
     code = 0
     with flagsaver.as_parsed(**values):
         try:
-            command.main([argument for argument in given if not argument.startswith("--")])
+            main(*(argument for argument in given if not argument.startswith("--")))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             code = error.exit_code

@@ -10,9 +10,16 @@ import pytest
 
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.data.loader import NOTHING_READ
-from caat_jax.huggingface import __main__ as command
 from tests import models, reference
-from tests.huggingface.folders_by_hand import ROWS, SIZES, assert_close, do, our_logits, read_file
+from tests.huggingface.folders_by_hand import (
+    ROWS,
+    SIZES,
+    assert_close,
+    do,
+    main,
+    our_logits,
+    read_file,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -132,7 +139,7 @@ def caat_net(request, workdirs):
 @pytest.fixture(scope="module")
 def exported(caat_net, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "model"
-    command.main(["export", str(caat_net), str(folder)])
+    main("export", caat_net, folder)
     return load(folder)
 
 
@@ -177,7 +184,7 @@ def python_with_release(request):
 def test_caat_nets_in_releases_of_transformers(workdirs, python_with_release, tmp_path):
     release, python = python_with_release
     for name in CAAT_NETS:
-        command.main(["export", str(workdirs / name), str(tmp_path / name)])
+        main("export", workdirs / name, tmp_path / name)
         logits, loss = our_logits(workdirs / name)
         np.savez(tmp_path / f"{name}.npz", rows=ROWS, logits=logits, loss=loss)
     arguments = [exported_caat_net.__file__, *(tmp_path / name for name in CAAT_NETS)]
