@@ -20,6 +20,7 @@ from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.devices import sharding
 from caat_jax.devices.dispatch import wait_if_simulated
 from caat_jax.errors import InputError
+from caat_jax.huggingface import importing, llama_config
 from caat_jax.inference.generator import GREEDILY
 from caat_jax.inference.sampling import Sampling
 from caat_jax.inference.text import TextGenerator
@@ -31,33 +32,47 @@ def load(
     path: str | os.PathLike,
     *,
     mesh: Mapping[str, int] | None = None,
+    tp_shards: int | None = None,
     sync_factor: float | None = None,
 ) -> "LoadedModel":
-    """Loads the newest checkpoint of a run onto this machine's devices, whatever it was trained on.
+    """Loads a model onto this machine's devices, whatever it was trained on.
 
     Args:
-      path: the run's folder.
+      path: a run's folder, whose newest checkpoint is taken, or a Llama in Hugging Face's format.
       mesh: sizes of the mesh axes `data`, `fsdp` and `model`, 1 where left out; their product may
         be smaller than the number of devices.  By default all devices are used, as many as
         possible for `model`.
+      tp_shards: S of a Llama in Hugging Face's format, by default 1; a run has its own.
       sync_factor: p of every sublayer instead of the model's own: another function.
 
     Raises:
       InputError: there is no model, or it does not fit what is given.
     """
     folder = user_paths.expanded("path", os.fspath(path))
-    step, config = checkpoints.newest_config(folder)
-    if sync_factor is not None:
-        if not 0 <= sync_factor <= 1:
-            raise InputError(f"sync_factor={sync_factor} is outside [0, 1]")
-        config = config.with_sync_factor(sync_factor)
+    if sync_factor is not None and not 0 <= sync_factor <= 1:
+        raise InputError(f"sync_factor={sync_factor} is outside [0, 1]")
     sizes = dict(data=-1, fsdp=1, model=-1) if mesh is None else dict(data=1, fsdp=1, model=1)
     if unknown := set(mesh or ()) - set(sizes):
         raise InputError(f"mesh has no axis {unknown.pop()!r}; there are {', '.join(sizes)}")
     sizes = MeshConfig(**sizes | dict(mesh or {}), simulated_devices=0)
+    devices = jax.devices()
+    if mesh is not None:
+        devices = devices[: sizes.data * sizes.fsdp * sizes.model]
+    if (folder / llama_config.FILE).is_file():
+        shards, p = tp_shards or 1, 1.0 if sync_factor is None else sync_factor
+        check_mesh(sizes, shards)
+        return LoadedModel(
+            importing.read_llama(
+                folder, tp_shards=shards, sync_factor=p, sizes=sizes, devices=devices
+            )
+        )
+    if tp_shards is not None:
+        raise InputError(f"tp_shards={tp_shards}: the run in {folder} has its own")
+    step, config = checkpoints.newest_config(folder)
+    if sync_factor is not None:
+        config = config.with_sync_factor(sync_factor)
     check_mesh(sizes, config.model.tp_shards)
     config = dataclasses.replace(config, mesh=sizes)
-    devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.model] if mesh else None
     return LoadedModel(restore_model(folder, step, config, devices))
 
 

@@ -7,9 +7,11 @@ import caat_jax
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.errors import InputError
+from caat_jax.huggingface import importing
 from caat_jax.inference.generator import Generator
 from caat_jax.inference.sampling import Sampling
 from tests import models, reference
+from tests.huggingface.folders_by_hand import llama_by_hand
 
 TOKENS = np.random.default_rng(0).integers(0, 64, size=(3, 9))  # no multiple of any mesh
 MESHES = [dict(model=1), dict(data=2, fsdp=2, model=2), None]
@@ -59,10 +61,26 @@ def test_another_sync_factor_is_another_function(run):
     np.testing.assert_allclose(model.logits(TOKENS), expected.logits, atol=1e-5)
 
 
+def test_llama_in_hugging_face_format(tmp_path):
+    """At p = 1 the same function, whatever S; at p < 1 the one that an import is."""
+    parameters = llama_by_hand(tmp_path / "llama")
+    for shards, mesh in ((1, dict(model=1)), (4, dict(data=2, model=4))):
+        model = caat_jax.load(tmp_path / "llama", mesh=mesh, tp_shards=shards)
+        method = models.method(model.config)
+        assert method["tp_shards"] == shards
+        expected = reference.forward(parameters, TOKENS, **method).logits
+        np.testing.assert_allclose(model.logits(TOKENS), expected, atol=1e-5)
+    importing.import_llama(tmp_path / "llama", tmp_path / "run", tp_shards=4, sync_factor=0.5)
+    half = caat_jax.load(tmp_path / "llama", tp_shards=4, sync_factor=0.5)
+    imported = caat_jax.load(tmp_path / "run")
+    np.testing.assert_array_equal(half.logits(TOKENS), imported.logits(TOKENS))
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (dict(sync_factor=1.5), "sync_factor=1.5 is outside"),
+        (dict(tp_shards=4), "the run in .* has its own"),
         (dict(mesh=dict(models=8)), "mesh has no axis 'models'"),
         (dict(mesh=dict(model=3)), "mesh.model=3 does not divide model.tp_shards=8"),
     ],

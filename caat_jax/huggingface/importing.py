@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.checkpoints.trained import TrainedModel
 from caat_jax.config.architecture import Architecture
-from caat_jax.config.resolve import resolve
+from caat_jax.config.resolve import resolve, resolve_mesh
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.carried_tokenizer import IMPORTED_FOLDER
 from caat_jax.data.loader import NOTHING_READ
@@ -20,7 +21,8 @@ from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
 from caat_jax.huggingface.safetensors_files import StoredTensor
-from caat_jax.training.step import Programs, TrainState
+from caat_jax.model.transformer import Blueprint
+from caat_jax.training.step import Programs
 from configs import base
 
 
@@ -52,27 +54,66 @@ def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: fl
       InputError: something given cannot work; nothing is written then.
     """
     folders.check_new(workdir)
+    config, tensors, unties = _open(
+        source, workdir.absolute() / IMPORTED_FOLDER, tp_shards, sync_factor
+    )
+    programs = Programs(config, _mesh(config.model))
+    parameters = _parameters(config.model, programs.state_shapes.parameters, tensors)
+    with folders.complete_folder(workdir) as folder:
+        folders.copy_files(folders.CARRIED, source, folder / IMPORTED_FOLDER)
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(programs.fresh_state(parameters), 0, config, NOTHING_READ)
+    dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
+    return Imported(config, programs.blueprint.size, dtypes, unties)
+
+
+def read_llama(
+    source: Path, *, tp_shards: int, sync_factor: float, sizes: MeshConfig, devices: Sequence
+) -> TrainedModel:
+    """A Llama's model on the devices of a mesh, without a workdir.
+
+    Args:
+      source: a folder with config.json and safetensors files.
+      tp_shards: S.
+      sync_factor: p of every sublayer; below 1 the function differs from the source's.
+      sizes: of the mesh axes.
+      devices: those of the mesh.
+
+    Raises:
+      InputError: something given cannot work.
+    """
+    config, tensors, _ = _open(source, source.absolute(), tp_shards, sync_factor)
+    config = dataclasses.replace(config, mesh=sizes)
+    config = dataclasses.replace(config, mesh=resolve_mesh(config, len(devices)))
+    mesh = sharding.create_mesh(config.mesh, list(devices))
+    blueprint = Blueprint(config.model, config.compute, sharding.platform(mesh))
+    return TrainedModel(
+        source, 0, config, mesh, _parameters(config.model, blueprint.on_mesh(mesh), tensors)
+    )
+
+
+def _open(
+    source: Path, tokenizer_folder: Path, tp_shards: int, sync_factor: float
+) -> tuple[Config, Mapping[str, StoredTensor], bool]:
+    """The configuration, the checked tensors, and whether they have a head that is not tied."""
     fields = llama_config.read(source)
     tensors = safetensors_files.stored_tensors(source)
-    config = _configuration(fields, source, workdir, tp_shards, sync_factor)
+    config = _configuration(fields, source, tokenizer_folder, tp_shards, sync_factor)
     unties = config.model.tied_head and mapping.has_other_head(tensors)
     if unties:
         arch = dataclasses.replace(config.model, tied_head=False)
         config = dataclasses.replace(config, model=arch)
-    programs = Programs(config, _mesh(config.model))
-    blueprint = programs.blueprint
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    mapping.check(found, config.model, blueprint.shapes)
-    with folders.complete_folder(workdir) as folder:
-        folders.copy_files(folders.CARRIED, source, folder / IMPORTED_FOLDER)
-        with Checkpoints(folder) as checkpoints:
-            checkpoints.save(_state(programs, tensors), 0, config, NOTHING_READ)
-    dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
-    return Imported(config, blueprint.size, dtypes, unties)
+    mapping.check(found, config.model, Blueprint(config.model, config.compute, "cpu").shapes)
+    return config, tensors, unties
 
 
 def _configuration(
-    fields: dict[str, Any], source: Path, workdir: Path, tp_shards: int, sync_factor: float
+    fields: dict[str, Any],
+    source: Path,
+    tokenizer_folder: Path,
+    tp_shards: int,
+    sync_factor: float,
 ) -> Config:
     path = source / llama_config.FILE
     model = llama_config.model_fields(fields, path)
@@ -85,7 +126,7 @@ def _configuration(
     config.data.sequence_length = min(config.data.sequence_length, length)
     for name in folders.TOKENIZERS:
         if (source / name).is_file():
-            config.data.tokenizer = str(workdir.absolute() / IMPORTED_FOLDER / name)
+            config.data.tokenizer = str(tokenizer_folder / name)
             break
     return resolve(config)
 
@@ -122,16 +163,16 @@ def _check_shards(model: Mapping[str, Any], tp_shards: int) -> None:
         )
 
 
-def _state(programs: Programs, tensors: Mapping[str, StoredTensor]) -> TrainState:
-    shapes = programs.state_shapes.parameters
+def _parameters(arch: Architecture, shapes: Any, tensors: Mapping[str, StoredTensor]) -> Any:
+    """The nested dictionary of parameters, laid out as in `shapes`."""
     parameters: dict[str, Any] = {}
-    for row in mapping.rows(programs.config.model):
+    for row in mapping.rows(arch):
         *groups, name = row.parameter
         place = parameters
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = _parameter(row, mapping.at(shapes, row), tensors)
-    return programs.fresh_state(parameters)
+    return parameters
 
 
 def _parameter(
