@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -47,11 +48,13 @@ def run(
 
     def call(argv: list[str]) -> None:
         rest = [argv[1:]] if positionals else []
-        with processes.lost_ones_noticed():
+        with processes.exit_when_peer_lost():
             _or_exit(lambda: main(*([] if config is None else [resolve(config.value)]), *rest))
 
     quieten_logs()
     sys.unraisablehook = _print_unraisable
+    # Like Ctrl-C, wherever nothing better is made of it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app.run(call, flags_parser=parse)
 
 
@@ -115,8 +118,7 @@ def _or_exit(function: Callable[[], object]) -> object:
     except OSError as error:  # a disk that is full, a folder that is not to be read
         _end(InputError(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except jax.errors.JaxRuntimeError as error:
-        # Of several processes, one that fails must not wait for the others (`caat_jax.processes`).
-        if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = _first_line(error).removeprefix("RESOURCE_EXHAUSTED: ")
         _end(
@@ -124,14 +126,21 @@ def _or_exit(function: Callable[[], object]) -> object:
                 f"it does not fit into a device's memory: {reason} Fewer or shorter sequences at"
                 " a time take less, and so do larger mesh.model and mesh.fsdp; in training also"
                 " compute.remat=True and more train.accumulation_steps"
-            )
+            ),
+            # The others wait for this one in the middle of a step.
+            at_once=processes.number() > 1,
         )
+    except KeyboardInterrupt:
+        _end(Interrupted("stopped; the same command starts again"))
 
 
-def _end(stop: Stop) -> None:
+def _end(stop: Stop, at_once: bool = False) -> None:
     kind = "" if isinstance(stop, Interrupted) else "error: "
     # One line, also where a value that it names has several.
     print(kind + " ".join(str(stop).splitlines()), file=sys.stderr, flush=True)
+    if at_once:
+        processes.exit_now(stop.exit_code)
+    processes.announce(stop)
     sys.exit(stop.exit_code)
 
 

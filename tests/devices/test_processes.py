@@ -1,19 +1,29 @@
 """Runs of several processes on this machine, with real signals; how each ends."""
 
+import os
 import random
 import re
 import signal
 import subprocess
 
 import pytest
+import tokenizers
 import yaml
 
 from caat_jax.errors import Diverged, InputError
 from tests import runs
-from tests.command_line import REPOSITORY, TINY, assert_refused, run_here, start_forked
+from tests.command_line import (
+    REPOSITORY,
+    TINY,
+    assert_refused,
+    run_forked,
+    run_here,
+    start_forked,
+)
 from tests.runs import STEPS, Run, processes_flags, start_processes
 
 COMPARED = ("train/loss", "train/grad_norm", "eval/loss")
+GAVE_UP = 4  # launch/attempt.sh's
 ENDLESS = {"train.steps": 10_000, "optimizer.decay_steps": 10_000}
 
 
@@ -85,6 +95,64 @@ def test_sigterm_to_one_stops_all_and_fewer_go_on(corpus, alone, tmp_path):
     assert_same(workdir, alone, relative=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("seed", (0, 1)),
+        ("optimizer.peak_learning_rate", (0.01, 0.02)),
+        pytest.param("model.sync_factor", (0.5, 0.25), marks=pytest.mark.slow),
+        pytest.param("train.steps", (20, 30), marks=pytest.mark.slow),
+        pytest.param("train.global_batch", (8, 16), marks=pytest.mark.slow),
+    ],
+)
+def test_processes_of_different_commands_are_refused(corpus, tmp_path, field, values):
+    workdir = tmp_path / "run"
+    processes = [
+        Run(workdir, corpus | {field: value}, *flags, devices=1)
+        for value, flags in zip(values, processes_flags(2), strict=True)
+    ]
+    assert [run.wait() for run in processes] == [2, 2], processes[0].output
+    said = f"error: --config.{field} is {values[0]} in process 0 and {values[1]} in process 1;"
+    assert [said in run.said()[-1] for run in processes] == [True, True], processes[1].output
+    assert not workdir.exists()
+
+
+def test_processes_with_different_documents_are_refused(tmp_path):
+    """The same command, on machines whose files differ."""
+    homes = [tmp_path / name for name in ("home0", "home1")]
+    for number, home in enumerate(homes):
+        home.mkdir()
+        runs.write_texts(home / "texts", [f"document {n} of {number} " * 20 for n in range(12)])
+    fields = {"data.files": "~/texts/*.txt", "data.cache_dir": "~/cache"}
+    processes = [
+        Run(tmp_path / "run", fields, *flags, devices=1, environment={"HOME": str(home)})
+        for home, flags in zip(homes, processes_flags(2), strict=True)
+    ]
+    assert [run.wait() for run in processes] == [2, 2], processes[0].output
+    for run in processes:
+        assert "error: the corpus in tokens is '" in run.said()[-1], run.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_one_process_cannot_do_ends_all(corpus, tmp_path, failing):
+    """Here, reading a tokeniser that is not on its machine."""
+    homes = [tmp_path / name for name in ("home0", "home1")]
+    for number, home in enumerate(homes):
+        home.mkdir()
+        if number != failing:
+            words = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "?": 2}, "?")
+            tokenizers.Tokenizer(words).save(str(home / "letters.json"))
+    fields = corpus | {"data.tokenizer": "~/letters.json"}
+    processes = [
+        Run(tmp_path / "run", fields, *flags, devices=1, environment={"HOME": str(home)})
+        for home, flags in zip(homes, processes_flags(2), strict=True)
+    ]
+    assert [run.wait() for run in processes] == [2, 2], processes[1 - failing].output
+    for run in processes:
+        assert "data.tokenizer=~/letters.json cannot be read" in run.said()[-1], run.output
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_lost_process_ends_the_others(corpus, tmp_path, killed):
     workdir = tmp_path / "run"
@@ -99,6 +167,57 @@ def test_a_lost_process_ends_the_others(corpus, tmp_path, killed):
     if code == 75:
         assert "another process of the run is gone" in other.said()[-1]
     assert runs.checkpoint_steps(workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step(corpus, tmp_path, number):
+    run = Run(tmp_path / "run", corpus | ENDLESS)
+    run.wait_until(lambda: "compiling" in run.output)
+    run.signal(number)
+    assert run.wait() == 75
+    assert run.said()[-1].startswith("stopped") and "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.", 2),
+        ("UNAVAILABLE: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:1", 75),
+        ("INTERNAL: Failed to verify the module", 1),
+    ],
+)
+def test_what_fails_on_a_device_of_several_processes(tmp_path, error, code):
+    """2: this process's own fault, as it would be again; 75: another's; 1: neither is known."""
+    script = f"""
+import jax
+from caat_jax import command_line
+from caat_jax.devices import processes
+
+processes.number = lambda: 2
+
+def main():
+    raise jax.errors.JaxRuntimeError({error!r})
+
+command_line.run(main)
+"""
+    (tmp_path / "fail.py").write_text(script)
+    done = run_forked([tmp_path / "fail.py"], tmp_path)
+    assert done[0] == code and ("Traceback" in done[2]) == (code == 1), done
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_JOB_ID, SLURM_STEP_NODELIST, SLURM_L"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_MCA_orte_hnp_uri"),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "did not find each other"),
+    ],
+)
+def test_a_launchers_variables_half_there(corpus, tmp_path, variables, said):
+    run = Run(tmp_path / "run", corpus, environment=variables)
+    assert run.wait() == 2
+    assert said in run.said()[-1] and "--num_processes=1" in run.said()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -244,6 +363,38 @@ def test_the_command_of_the_docs(tmp_path):
     assert "2 processes" in done.stderr and "5 steps done" in done.stdout, done.stderr
 
 
+def attempt(workdir, command, environment=None):
+    """The exit code of launch/attempt.sh."""
+    arguments = ["sh", "launch/attempt.sh", workdir, "sh", "-c", command]
+    environment = os.environ | (environment or {})
+    done = subprocess.run(arguments, cwd=REPOSITORY, env=environment, check=False)
+    return done.returncode
+
+
+def test_attempts_in_vain_end(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    assert [attempt(tmp_path, "exit 75") for _ in range(5)] == [75, 75, 75, GAVE_UP, 75]
+    for step in (90, 100):  # a new checkpoint: progress
+        (checkpoints / str(step)).mkdir(parents=True)
+        assert [attempt(tmp_path, "exit 134") for _ in range(3)] == [134] * 3
+    (checkpoints / "100.saving").mkdir()
+    assert attempt(tmp_path, "kill -KILL $$") == GAVE_UP
+    for code in (0, 2, 3):
+        assert [attempt(tmp_path, f"exit {code}") for _ in range(5)] == [code] * 5
+    # Only the first pod counts.
+    assert [attempt(tmp_path, "exit 1", {"JOB_COMPLETION_INDEX": "1"}) for _ in range(9)] == [1] * 9
+
+
+def test_an_attempt_passes_on_a_signal(tmp_path):
+    script = 'trap "exit 75" TERM; echo ready; while :; do sleep 0.05; done'
+    arguments = ["sh", "launch/attempt.sh", tmp_path, "sh", "-c", script]
+    process = subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.wait(10) == 75
+    process.stdout.close()
+
+
 def test_the_kubernetes_manifest():
     service, job = yaml.safe_load_all((REPOSITORY / "launch/kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
@@ -257,4 +408,4 @@ def test_the_kubernetes_manifest():
     assert number == job["spec"]["parallelism"] and f"--num_processes={number} " in command
     final = job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert final["containerName"] == container["name"]
-    assert final["values"] == [InputError.exit_code, Diverged.exit_code]
+    assert final["values"] == [InputError.exit_code, Diverged.exit_code, GAVE_UP]
