@@ -25,7 +25,6 @@ from caat_jax.checkpoints import digests
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
-from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.training.step import Programs
 
@@ -57,7 +56,7 @@ def main(config: Config) -> None:
             for number in range(_SAVES.value):
                 quiet += [_seconds(step) for _ in range(_STEPS_BETWEEN)]
                 starts.append(
-                    _seconds(lambda n=number: checkpoints.save(state, n, config, NOTHING_READ))
+                    _seconds(lambda n=number: checkpoints.save(state, n, config, {"next_batch": n}))
                 )
                 first.append(starts[-1] + _seconds(step))
                 while checkpoints.is_saving():
@@ -65,7 +64,7 @@ def main(config: Config) -> None:
             checkpoints.wait()
             newest = checkpoints.folder / str(_SAVES.value - 1)
             size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-            verify = _seconds(lambda: digests.problem(newest))
+            verify = _seconds(lambda: digests.damage(newest))
             restore = _seconds(
                 lambda: jax.block_until_ready(
                     checkpoints.restore(_SAVES.value - 1, programs.state_shapes)

@@ -173,7 +173,7 @@ def parse_json(text: str | bytes, kind: type[_Json]) -> _Json:
     if len(text) > LARGEST_JSON_BYTES:
         raise ValueError(f"it has more than {LARGEST_JSON_BYTES:,} bytes")
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = _DECODER.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("its objects and lists are nested too deep") from None
     if type(value) is not kind:
@@ -193,3 +193,6 @@ def parse_json(text: str | bytes, kind: type[_Json]) -> _Json:
 
 def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

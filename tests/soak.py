@@ -49,6 +49,7 @@ def soak(folder: Path, kills: int, seed: int) -> str:
         before = runs.checkpoint_steps(disturbed)
         run = Run(disturbed, fields)
         ends.append(_kill(run, chance))
+        cut_off += run.output.count("was not completed")
         went_on = f"going on after step {before[-1]};" in run.output if before else True
         assert went_on or "compiling" not in run.output, run.output
         # Older ones make way for newer ones.
@@ -63,7 +64,6 @@ def soak(folder: Path, kills: int, seed: int) -> str:
     assert _final_state(disturbed) == _final_state(undisturbed), "another state"
     for path in disturbed.glob("checkpoints_set_aside/*"):
         assert not path.name.isdigit(), f"{path} was complete and is damaged"
-        cut_off += 1
     counts = ", ".join(f"{name} {ends.count(name)}" for name in sorted(set(ends)))
     return f"{kills} kills ({counts}), {cut_off} checkpoints cut off, {steps} steps: all as it was"
 

@@ -1,10 +1,10 @@
-"""Checkpoints: state, position in the data, configuration; saved while training goes on.
+"""Checkpoints: state, position in the data, configuration; saved while training continues.
 
-`WORKDIR/checkpoints/STEP` is one; it gets that name when it is complete, with its digests in it.
-Before anything is read from a checkpoint its files are compared with them.  What cannot be used is
-named and left alone, or, where training is about to write the same step again, moved to
-`WORKDIR/checkpoints_set_aside`; nothing but a complete checkpoint that `checkpoints_to_keep` newer
-ones follow is ever deleted.
+`WORKDIR/checkpoints/STEP` is one.  Orbax writes it under another name; it gets that one when all of
+it, with its digests, is on the disk.  Older ones are deleted after that, when its files have been
+compared with the digests.  Before anything is read from a checkpoint the same comparison is made,
+by the first process.  A damaged one is named and left alone, or, where training is about to write
+the same step again, moved to `WORKDIR/checkpoints_set_aside`.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from caat_jax import files
@@ -25,32 +26,47 @@ from caat_jax.checkpoints import digests
 from caat_jax.config.sections import Config
 from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices import processes
-from caat_jax.errors import InputError
+from caat_jax.errors import InputError, Stop
 
 FOLDER = "checkpoints"
 SET_ASIDE_FOLDER = "checkpoints_set_aside"
-_UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # after the step, in a folder's name
+SET_ASIDE_KEPT = 3
+
+UNFINISHED = ".saving"  # after the step, in a folder's name; Orbax adds to that
+_DELETED = ".deleting"
+_CUT_OFF = re.compile(rf"\d+(\{UNFINISHED}|{re.escape(ocp.utils.TMP_DIR_SUFFIX)}).*", re.ASCII)
+_STEP = re.compile("0|[1-9][0-9]*")
 
 
 def newest_config(workdir: Path) -> tuple[int, Config]:
     """The step and the configuration of a run's newest undamaged checkpoint.
 
-    Reads files only: JAX is not asked for its devices, since the configuration may say how many
-    to simulate.
+    Every process of a run calls it, the first one chooses.  JAX is not asked for its devices, since
+    the configuration may say how many to simulate.
 
     Raises:
       InputError: there is none.
     """
-    folder = workdir / FOLDER
-    step, damaged = _newest_undamaged(folder)
-    if step is None:
-        raise InputError(
-            f"--workdir={workdir} has no checkpoint; python train.py --config=FILE"
-            f" --workdir={workdir} writes one"
-        )
-    for number, problem in damaged.items():
-        _warn(f"{folder / str(number)} is damaged ({problem}); using that of step {step}")
-    return step, stored_config(folder, step)
+
+    def choose() -> tuple[int, dict[str, Any]]:
+        folder = workdir / FOLDER
+        step, damaged = _newest_undamaged(folder)
+        if step is None:
+            raise InputError(
+                f"--workdir={workdir} has no checkpoint; python train.py --config=FILE"
+                f" --workdir={workdir} writes one"
+            )
+        for number, damage in damaged.items():
+            _warn(f"{folder / str(number)} is damaged ({damage}); using that of step {step}")
+        return step, to_json(stored_config(folder, step))
+
+    step, config = processes.on_first(choose)
+    return step, from_json(config)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Of all that have got their final name, in ascending order."""
+    return sorted(int(path.name) for path in folder.glob("*") if _STEP.fullmatch(path.name))
 
 
 def _newest_undamaged(folder: Path) -> tuple[int | None, dict[int, str]]:
@@ -59,20 +75,32 @@ def _newest_undamaged(folder: Path) -> tuple[int | None, dict[int, str]]:
     Raises:
       InputError: all checkpoints are damaged.
     """
-    # Orbax renames a folder to its step's number when it is complete.
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     damaged = {}
-    for step in sorted(steps, reverse=True):
-        problem = digests.problem(folder / str(step))
-        if problem is None:
+    for step in reversed(_steps(folder)):
+        damage = _damage(folder, step)
+        if damage is None:
             return step, damaged
-        damaged[step] = problem
+        damaged[step] = damage
     if damaged:
-        found = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        found = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
         raise InputError(
             f"{folder} has no undamaged checkpoint ({found}); move it away to start anew"
         )
     return None, {}
+
+
+def _damage(folder: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint; None: it is what was written as that of the step."""
+    path = folder / str(step)
+    damage = digests.damage(path)
+    if damage is None:
+        try:
+            written = files.read_json(path / "data/metadata", dict).get("next_batch")
+        except (FileNotFoundError, InputError):
+            return "data/metadata is damaged"
+        if written != step:
+            return f"it is the checkpoint of step {written}"
+    return damage
 
 
 def _warn(message: str) -> None:
@@ -99,21 +127,24 @@ class Checkpoints:
         """
         self.folder = workdir.absolute() / FOLDER
         self._to_keep = to_keep
-        self._opened: ocp.CheckpointManager | None = None
-        self._saving: int | None = None  # the step of the last save begun
+        self._opened: ocp.AsyncCheckpointer | None = None
+        self._finisher = ThreadPoolExecutor(1, "checkpoint")
+        self._finishing: Future[None] | None = None  # of the last save
+        self._saving: int | None = None  # its step
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if not self._opened:
-            return
         if exception is None:
-            with self._save_errors():
-                self._opened.close()
-        elif jax.process_count() == 1:  # else it could wait for processes that are gone
+            self.wait()
+        elif processes.number() == 1:  # else it could wait for processes that are gone
             with contextlib.suppress(Exception):
-                self._opened.close()
+                self.wait()
+        else:
+            return
+        if self._opened:
+            self._opened.close()
 
     def resume_step(self) -> int | None:
         """The newest undamaged checkpoint; None: there is none, training begins.
@@ -124,20 +155,27 @@ class Checkpoints:
         Raises:
           InputError: all checkpoints are damaged; nothing was moved.
         """
-        step = self._make_way() if processes.is_first() else None
-        return processes.from_first(step)
+        return processes.on_first(self._set_damaged_aside)
 
-    def _make_way(self) -> int | None:
+    def _set_damaged_aside(self) -> int | None:
         step, damaged = _newest_undamaged(self.folder)
-        problems = {str(number): f"is damaged ({what})" for number, what in damaged.items()}
-        for path in sorted(self.folder.glob(f"*{_UNFINISHED}*")):
-            problems[path.name] = "was not completed"
-        goes_on = "begins anew" if step is None else f"goes on from step {step}"
-        for name, problem in problems.items():
+        damages = {str(number): f"is damaged ({what})" for number, what in damaged.items()}
+        for path in sorted(self.folder.glob("*")):
+            if _CUT_OFF.fullmatch(path.name):
+                damages[path.name] = "was not completed"
+        resumes = "starts anew" if step is None else f"resumes from step {step}"
+        for name, damage in damages.items():
             aside = _free_name(self.folder.parent / SET_ASIDE_FOLDER, name)
             aside.parent.mkdir(exist_ok=True)
             files.rename(self.folder / name, aside)
-            _warn(f"{self.folder / name} {problem}, is now {aside}; training {goes_on}")
+            os.utime(aside)
+            _warn(f"{self.folder / name} {damage}, is now {aside}; training {resumes}")
+        aside = (self.folder.parent / SET_ASIDE_FOLDER).glob("*")
+        for path in sorted(aside, key=lambda path: path.lstat().st_mtime)[:-SET_ASIDE_KEPT]:
+            shutil.rmtree(path, ignore_errors=True)
+            _warn(f"{path} is deleted: the last {SET_ASIDE_KEPT} that were set aside are kept")
+        for path in self.folder.glob(f"*{_DELETED}"):
+            shutil.rmtree(path, ignore_errors=True)
         return step
 
     def check_architecture(self, step: int, config: Config) -> None:
@@ -166,14 +204,45 @@ class Checkpoints:
         self.wait()
         self._saving = step
         with self._save_errors():
-            self._manager().save(
-                step,
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._checkpointer().save(
+                self.folder / f"{step}{UNFINISHED}",
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(to_json(config)),
                 ),
             )
+        self._finishing = self._finisher.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """Waits until Orbax writes no more, then makes a checkpoint of what it has written."""
+
+        def commit() -> None:
+            unfinished, final = self.folder / f"{step}{UNFINISHED}", self.folder / str(step)
+            with self._save_errors():
+                self._checkpointer().wait_until_finished()
+                digests.write(unfinished)
+                files.rename(unfinished, final)
+                files.sync(self.folder.parent)
+                self._delete_older(step)
+
+        if not processes.is_first():
+            with self._save_errors():
+                self._checkpointer().wait_until_finished()
+        processes.on_first(commit, f"checkpoint/{step}")
+
+    def _delete_older(self, step: int) -> None:
+        older = _steps(self.folder)[: -self._to_keep] if self._to_keep else []
+        if older and (damage := _damage(self.folder, step)):
+            raise InputError(
+                f"{self.folder / str(step)} is not as it was written ({damage}); the checkpoints"
+                " before it are kept"
+            )
+        for number in older:
+            deleted = self.folder / f"{number}{_DELETED}"
+            files.rename(self.folder / str(number), deleted)
+            shutil.rmtree(deleted)
 
     def check(self) -> None:
         """Notices that the save under way has failed, without waiting for it.
@@ -181,12 +250,12 @@ class Checkpoints:
         Raises:
           InputError: a file could not be written.
         """
-        with self._save_errors():
-            self._manager().check_for_errors()
+        if self._finishing and self._finishing.done():
+            self.wait()
 
     def is_saving(self) -> bool:
         """Whether a save is under way."""
-        return self._manager().is_saving_in_progress()
+        return self._finishing is not None and not self._finishing.done()
 
     def wait(self) -> None:
         """Until the save under way is complete.
@@ -194,13 +263,16 @@ class Checkpoints:
         Raises:
           InputError: a file could not be written.
         """
-        with self._save_errors():
-            self._manager().wait_until_finished()
+        if self._finishing:
+            finishing, self._finishing = self._finishing, None
+            finishing.result()
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
         try:
             yield
+        except Stop:
+            raise
         # What Orbax and TensorStore raise has no type in common.
         except Exception as error:
             # As Python's own errors have it, and TensorStore's.
@@ -216,47 +288,40 @@ class Checkpoints:
 
     def restore_parameters(self, step: int, shapes: Any) -> Any:
         """The parameters in `shapes`, all of their dictionary or a part, laid out as there."""
-        args = _restore_state({"parameters": shapes}, partial_restore=True)
-        restored = self._manager().restore(step, args=ocp.args.Composite(state=args))
-        return restored["state"]["parameters"]
+        return self._restore(step, {"parameters": shapes}, partial_restore=True)["parameters"]
 
     def restore(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
         """The training state, laid out as in `shapes`, and the state of the batches."""
-        state = _restore_state(shapes)
-        args = ocp.args.Composite(state=state, data=ocp.args.JsonRestore())
-        restored = self._manager().restore(step, args=args)
-        return restored["state"], restored["data"]
+        data_state = files.read_json(self.folder / str(step) / "data/metadata", dict)
+        return self._restore(step, shapes), data_state
 
-    def _manager(self) -> ocp.CheckpointManager:
+    def _restore(self, step: int, shapes: Any, **options: Any) -> Any:
+        layouts = ocp.checkpoint_utils.construct_restore_args(shapes)
+        args = ocp.args.PyTreeRestore(shapes, restore_args=layouts, **options)
+        restored = self._checkpointer().restore(
+            self.folder / str(step), args=ocp.args.Composite(state=args)
+        )
+        return restored["state"]
+
+    def _checkpointer(self) -> ocp.AsyncCheckpointer:
         if not self._opened:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._to_keep,
-                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._digest),
-            )
-            handlers = {
+            handler = ocp.CompositeCheckpointHandler(
                 # Weights and moments shrink by a fifth, and compressing them takes processors that
                 # a step on CPUs would use.
-                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
-                "data": ocp.JsonCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            }
-            self._opened = ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=handlers
+                state=ocp.PyTreeCheckpointHandler(use_compression=False),
+                data=ocp.JsonCheckpointHandler(),
+                config=ocp.JsonCheckpointHandler(),
+            )
+            # Not `ocp.CheckpointManager`: in another thread it asks, for the step of the save,
+            # whether a SIGTERM is to be obeyed (`processes.StopRequest`), and it deletes older
+            # checkpoints before anything has been read back from the new one.
+            self._opened = ocp.AsyncCheckpointer(
+                handler,
+                checkpoint_metadata_store=ocp.metadata.metadata_store(
+                    enable_write=True, blocking_write=True
+                ),
             )
         return self._opened
-
-    def _digest(self) -> None:
-        """Called by the first process, when all of a checkpoint is written but not its name."""
-        # Where folders cannot be renamed, Orbax writes under the final name.
-        final = self.folder / str(self._saving)
-        unfinished = self.folder.glob(f"{final.name}{_UNFINISHED}*")
-        digests.write(next(unfinished, final))
-
-
-def _restore_state(shapes: Any, **options: Any) -> ocp.args.PyTreeRestore:
-    """Of a tree of shapes, types and layouts."""
-    layouts = ocp.checkpoint_utils.construct_restore_args(shapes)
-    return ocp.args.PyTreeRestore(shapes, restore_args=layouts, **options)
 
 
 def _free_name(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""A CRC-32 of every file of a checkpoint, so that damage is noticed before anything is loaded.
+"""The size and CRC-32 of every file of a checkpoint, so that damage is noticed before it is loaded.
 
 Orbax checks the structure of what it reads, but a flipped byte of a value loads as another value.
 CRC-32 misses no damage within 32 successive bits, and of any other kind one in 2^32.
@@ -17,50 +17,73 @@ FILE = "digests.json"
 _THREADS = 8  # zlib leaves the interpreter's lock; more would only fight over the disk
 _CHUNK_BYTES = 1 << 22
 
-# At a checkpoint's top Orbax notes the moment of the commit, after the digests are taken.
-_METADATA_FILE = "_CHECKPOINT_METADATA"
-_COMMIT_TIME = "commit_timestamp_nsecs"
+# The first checkpoints had `{NAME: CRC-32}`.  They counted these, which Orbax wrote to after the
+# digests had been taken, and which nothing needs.
+_UNRELIABLE = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def write(folder: Path) -> None:
-    """Writes `folder/digests.json` about all files below the folder, a finished checkpoint."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Writes `folder/digests.json` about all files below the folder, and all of it to the disk."""
+    names = sorted(_names(folder))
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = list(pool.map(lambda path: _digest(folder, path), paths))
-    names = [str(path.relative_to(folder)) for path in paths]
-    content = json.dumps(dict(zip(names, digests, strict=True)), indent=0)
-    files.write(folder / FILE, content + "\n")
+        digests = list(pool.map(lambda name: _synchronised(folder / name), names))
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            files.sync(path)
+    content = {"files": dict(zip(names, digests, strict=True))}
+    files.write(folder / FILE, json.dumps(content, indent=0) + "\n")
 
 
-def problem(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None where its files are as written."""
     try:
-        digests = files.read_json(folder / FILE, dict)
-    except OSError as error:
+        content = files.read_json(folder / FILE, dict)
+    except FileNotFoundError as error:
         return f"{FILE}: {error.strerror}"
     except InputError:
         return f"{FILE} is damaged"
+    names = _names(folder)
+    digests = content.get("files")
+    if digests is None:
+        digests = {name: [None, digest] for name, digest in content.items()}
+        names -= _UNRELIABLE
+        digests = {name: digest for name, digest in digests.items() if name not in _UNRELIABLE}
+    if not isinstance(digests, dict) or not digests:
+        return f"{FILE} is damaged"
+    for name in sorted(names ^ digests.keys()):
+        return f"{name}: not in {FILE}" if name in names else f"{name}: No such file or directory"
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda item: _difference(folder, *item), digests.items())
+        found = pool.map(lambda item: _difference(folder / item[0], *item), digests.items())
         return next((difference for difference in found if difference), None)
 
 
-def _difference(folder: Path, name: str, digest: int) -> str | None:
+def _names(folder: Path) -> set[str]:
+    """What lies below the folder and is not a folder, but for the file of digests."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)) for path in paths} - {FILE}
+
+
+def _difference(path: Path, name: str, expected: object) -> str | None:
+    if path.is_symlink():
+        return f"{name} is a link"
     try:
-        return None if _digest(folder, folder / name) == digest else f"{name} is damaged"
+        size = path.stat().st_size
+        known = isinstance(expected, list) and len(expected) == 2 and expected[0] in (None, size)
+        return None if known and _digest(path) == expected[1] else f"{name} is damaged"
     except OSError as error:
         return f"{name}: {error.strerror}"
-    except ValueError:
-        return f"{name} is damaged"
+    except InputError:
+        return f"{name} is not a regular file"
 
 
-def _digest(folder: Path, path: Path) -> int:
-    if path == folder / _METADATA_FILE:
-        content = files.read_json(path, dict)
-        content.pop(_COMMIT_TIME, None)
-        return zlib.crc32(json.dumps(content).encode())
+def _synchronised(path: Path) -> list[int]:
+    files.sync(path)
+    return [path.stat().st_size, _digest(path)]
+
+
+def _digest(path: Path) -> int:
     digest = 0
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest = zlib.crc32(chunk, digest)
     return digest

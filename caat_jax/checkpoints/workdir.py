@@ -14,13 +14,20 @@ def check_writable(workdir: Path) -> None:
     """Refuses one that cannot be written, before there is anything to lose.
 
     Raises:
-      InputError: it, or where it would be made, is a file or not writable.
+      InputError: it, or where it would be made, is a file or not writable; or a link in it leads to
+        where a run would write then.
     """
     existing = next(folder for folder in (workdir, *workdir.parents) if folder.exists())
     if not existing.is_dir():
         raise InputError(f"--workdir={workdir}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--workdir={workdir}: {existing} cannot be written; give another folder")
+    for path in workdir.glob("*"):
+        if path.is_symlink():
+            raise InputError(
+                f"--workdir={workdir}: {path} is a link to {os.readlink(path)}, and a run writes"
+                " into its own folder only; remove the link, or give the folder elsewhere itself"
+            )
 
 
 @contextlib.contextmanager
@@ -37,6 +44,7 @@ def sole_run(workdir: Path) -> Iterator[None]:
         return
     is_new = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
+    files.sync(workdir.absolute().parent)
 
     def refuse() -> None:
         raise InputError(

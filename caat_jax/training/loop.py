@@ -42,6 +42,8 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
     """
     workdir_lib.check_writable(workdir)
     tokenizer = carried_tokenizer.load_for_training(config.data.tokenizer, workdir)
+    # Before devices are asked for, which waits for all processes.
+    processes.check_same({f"the tokeniser {config.data.tokenizer}": tokenizer.fingerprint})
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
     memory.check_training(config, mesh)
@@ -53,6 +55,14 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         if newest is not None:
             checkpoints.check_architecture(newest, config.at_step(newest))
         cache = open_cache(config.data, tokenizer)
+        processes.check_same(
+            {
+                "the corpus in tokens": cache.train.fingerprint,
+                "the number of training sequences": len(cache.train),
+                "the number of validation sequences": len(cache.validation),
+                "the step to resume from": newest,
+            }
+        )
         batches = train_batches(
             cache.train,
             global_batch=config.train.global_batch,
@@ -119,6 +129,8 @@ def _loop(
                         loss = validation_loss(programs, state.parameters, validation)
                         log.evaluation(step, loss)
                     if save:
+                        if writer:
+                            writer.synchronise()
                         checkpoints.save(state, step, programs.config, batches.get_state())
             if stop:
                 checkpoints.wait()

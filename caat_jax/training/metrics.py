@@ -8,6 +8,7 @@ its newline is written: a last line without one was cut off when the run was kil
 TensorBoard events of the same values lie in `WORKDIR/tensorboard/`.
 """
 
+import array
 import contextlib
 import json
 import math
@@ -26,6 +27,8 @@ from caat_jax.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+_LONGEST_LINE = 1 << 20  # bytes
 
 _NOT_FINITE = ("nan", "inf", "-inf")
 
@@ -55,11 +58,10 @@ class MetricsWriter:
         path = self.workdir / METRICS_FILE
         with self._write_errors():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                _drop_lines_after(path, last_step)
+            _drop_lines_after(path, last_step)
             # Line buffering: whoever follows the run sees a line as soon as it is written.
             self._lines = path.open("a", encoding="utf-8", buffering=1)
-            self._events = tensorboard.Events(self.workdir / TENSORBOARD_FOLDER, last_step + 1)
+        self._events = tensorboard.Events(self.workdir / TENSORBOARD_FOLDER, last_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line; `values` maps names such as "train/loss" to anything `float` takes.
@@ -73,8 +75,17 @@ class MetricsWriter:
             self._lines.write(json.dumps({"step": step, **line}, allow_nan=False) + "\n")
             self._events.write(step, values)
 
+    def synchronise(self) -> None:
+        """Returns when the lines so far are on the disk.
+
+        Raises:
+          InputError: the disk does not take them.
+        """
+        with self._write_errors():
+            os.fsync(self._lines.fileno())
+
     def close(self) -> None:
-        """Flushes and closes; nothing can be written afterwards."""
+        """Closes both; nothing can be written afterwards."""
         with self._write_errors():
             try:
                 self._lines.close()
@@ -114,10 +125,10 @@ def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
     Raises:
       InputError: the file is missing or malformed; the message names the file and the line.
     """
-    columns: dict[str, tuple[list[int], list[float]]] = {}
+    columns: dict[str, tuple[array.array, array.array]] = {}
     for _, step, values in _complete_lines(Path(path)):
         for name, value in values.items():
-            steps, column = columns.setdefault(name, ([], []))
+            steps, column = columns.setdefault(name, (array.array("q"), array.array("d")))
             steps.append(step)
             column.append(value)
     return {
@@ -209,35 +220,51 @@ class Throughput:
         return measured
 
 
-def _complete_lines(path: Path) -> Iterator[tuple[bytes, int, dict[str, float]]]:
-    """Each line that ends with a newline: as it is, its step, and its values by name."""
+def _complete_lines(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Of each line that ends with a newline: where it ends, its step, its values by name."""
+    end = 0
     try:
-        *lines, _cut_off = path.read_bytes().split(b"\n")
+        with files.open_regular(path) as file:
+            lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
+                    return  # cut off
+                end += len(line)
+                yield end, *_parsed(line, f"{path}, line {number}")
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; train.py writes it into its --workdir"
         ) from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = files.parse_json(line, dict)
-            step = values.pop("step")
-            if type(step) is not int:
-                raise ValueError(f"its step is {step!r}, not an integer")
-            values = {name: _to_float(name, value) for name, value in values.items()}
-        except KeyError:
-            raise InputError(f"{path}, line {number}: it has no step") from None
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-        yield line + b"\n", step, values
+
+
+def _parsed(line: bytes, name: str) -> tuple[int, dict[str, float]]:
+    try:
+        values = files.parse_json(line, dict)
+        step = values.pop("step", None)
+        if type(step) is not int or not 0 <= step < 1 << 63:
+            raise ValueError(f"its step is {step!r}, not an integer of 0 or more")
+        return step, {name: _to_float(name, value) for name, value in values.items()}
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _to_float(name: str, value: Any) -> float:
-    if value in _NOT_FINITE or (type(value) in (int, float) and math.isfinite(value)):
+    if type(value) is float and math.isfinite(value):
+        return value
+    if type(value) is int or value in _NOT_FINITE:
         return float(value)
     raise ValueError(f"{name} is {value!r}; a number or one of {', '.join(_NOT_FINITE)} is allowed")
 
 
 def _drop_lines_after(path: Path, last_step: int) -> None:
-    """Keeps the complete lines of steps up to `last_step`; the file is replaced in one go."""
-    kept = b"".join(line for line, step, _ in _complete_lines(path) if step <= last_step)
-    files.write(path, kept)
+    """Keeps the complete lines of steps up to `last_step`, which come first."""
+    if path.is_symlink() or not path.exists():
+        files.write(path, b"")  # never through a link
+        return
+    kept = 0
+    for end, step, _ in _complete_lines(path):
+        if step <= last_step:
+            kept = end
+    with path.open("r+b") as file:
+        file.truncate(kept)
+        os.fsync(file.fileno())

@@ -1,19 +1,24 @@
 """Checkpoints that are damaged, cut off, or restored on another mesh; disks that are full."""
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
+import time
+import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from orbax.checkpoint._src.metadata import checkpoint as metadata_store
 
 from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import SET_ASIDE_FOLDER, Checkpoints
 from caat_jax.config.resolve import resolve, resolve_mesh
-from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.training.step import Programs
@@ -55,7 +60,7 @@ def saved(tmp_path_factory):
     with Checkpoints(workdir) as checkpoints:
         for step in STEPS:
             state, _ = step_on_batch(programs, state)
-            checkpoints.save(state, step, programs.config, NOTHING_READ)
+            checkpoints.save(state, step, programs.config, {"next_batch": step})
             checkpoints.wait()
     _, after = step_on_batch(programs, state)
     return workdir, after
@@ -82,13 +87,9 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files_of(folder)}
 
 
-# Orbax writes into these after the digests are taken: the moment of the commit.
-COMMIT_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
 def damage(folder, way, chance):
     """Damages a checkpoint in one of these `WAYS`."""
-    path = chance.choice([p for p in files_of(folder) if p.name not in COMMIT_FILES])
+    path = chance.choice(files_of(folder))
     data = bytearray(path.read_bytes())
     if way == "truncated":
         path.write_bytes(data[: chance.randrange(len(data))])
@@ -137,7 +138,7 @@ def test_damage_ends_in_the_checkpoint_before(saved, tmp_path, capsys, way, seed
         assert checkpoints.resume_step() == STEPS[0]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"{newest} is damaged (" in said
-    assert "goes on from step 5" in said
+    assert "training resumes from step 5" in said
     assert content(workdir / SET_ASIDE_FOLDER / newest.name) == after
     assert not newest.exists() and content(intact) == content(saved[0] / "checkpoints" / "5")
 
@@ -174,22 +175,148 @@ def test_a_save_that_was_cut_off_is_set_aside(saved, tmp_path, capsys):
     shutil.copytree(saved[0], tmp_path / "run")
     folder = tmp_path / "run/checkpoints"
     for _ in range(2):  # the second time there is one of that name already
-        shutil.copytree(folder / "5", folder / "15.orbax-checkpoint-tmp")
+        shutil.copytree(folder / "5", folder / "15.saving.orbax-checkpoint-tmp")
         with Checkpoints(tmp_path / "run") as checkpoints:
             assert checkpoints.resume_step() == 10
     aside = {path.name for path in (tmp_path / "run" / SET_ASIDE_FOLDER).iterdir()}
-    assert aside == {"15.orbax-checkpoint-tmp", "15.orbax-checkpoint-tmp.1"}
+    assert aside == {"15.saving.orbax-checkpoint-tmp", "15.saving.orbax-checkpoint-tmp.1"}
     assert capsys.readouterr().err.count("was not completed") == 2
     assert {path.name for path in folder.iterdir()} == {"5", "10"}
 
 
-def test_a_checkpoint_gets_its_name_after_its_digests(saved):
+def test_few_are_kept_aside(saved, tmp_path, capsys):
+    shutil.copytree(saved[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    for step in range(20, 26):
+        (folder / f"{step}.saving").mkdir()
+        assert Checkpoints(tmp_path / "run").resume_step() == 10
+    aside = {path.name for path in (tmp_path / "run" / SET_ASIDE_FOLDER).iterdir()}
+    assert aside == {"23.saving", "24.saving", "25.saving"}
+    said = capsys.readouterr().err
+    assert [f"{step}.saving is deleted" in said for step in range(20, 26)] == [True] * 3 + [
+        False
+    ] * 3
+
+
+def test_digests_are_of_everything(saved):
     for step in STEPS:
         folder = saved[0] / "checkpoints" / str(step)
-        listed = set(json.loads((folder / "digests.json").read_text()))
-        there = set(content(folder))
-        assert there - listed == {"digests.json", "commit_success.txt"}
+        listed = set(json.loads((folder / "digests.json").read_text())["files"])
+        assert set(content(folder)) - listed == {"digests.json"}
         assert any(name.startswith("state/d/") for name in listed)
+
+
+@pytest.mark.parametrize(
+    "old", ["{}", "[]", '{"files": {}}', '{"files": []}', '{"files": {"a": 1}}']
+)
+def test_digests_that_say_nothing_are_damaged(saved, tmp_path, capsys, old):
+    shutil.copytree(saved[0], tmp_path / "run")
+    (tmp_path / "run/checkpoints/10/digests.json").write_text(old)
+    assert checkpoint.newest_config(tmp_path / "run")[0] == 5
+    assert "10 is damaged (" in capsys.readouterr().err
+
+
+def test_checkpoints_of_the_first_layout_are_read(saved, tmp_path):
+    """Theirs had a CRC-32 for each file, that of the metadata before the last change to it."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoints/10"
+    names = [name for name in content(folder) if name != "digests.json"]
+    digests = {name: zlib.crc32((folder / name).read_bytes()) for name in names}
+    (folder / "digests.json").write_text(json.dumps(digests | {"_CHECKPOINT_METADATA": 1}))
+    assert checkpoint.newest_config(tmp_path / "run")[0] == 10
+    path = next((folder / "state/d").iterdir())
+    path.write_bytes(path.read_bytes() + b"x")
+    assert checkpoint.newest_config(tmp_path / "run")[0] == 5
+
+
+@pytest.mark.parametrize("name", ["6", "5000000000", "0"])
+def test_a_checkpoint_under_another_steps_name_is_damaged(saved, tmp_path, capsys, name):
+    shutil.copytree(saved[0], tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    shutil.rmtree(folder / "10")
+    shutil.copytree(folder / "5", folder / name)
+    (folder / "²").mkdir()  # a digit to Python, and none of the project's
+    assert checkpoint.newest_config(tmp_path / "run")[0] == 5
+    said = "it is the checkpoint of step 5"
+    assert (said in capsys.readouterr().err) == (name != "0")
+
+
+def test_slow_writes_of_metadata(tmp_path, monkeypatch, capsys):
+    """Digests must be of what is final, however long Orbax takes to finish a file."""
+    write = metadata_store._MetadataStoreImpl.write
+
+    def in_two_parts(self, path, metadata):
+        Path(path).write_text("")
+        time.sleep(0.02)
+        write(self, path, metadata)
+
+    monkeypatch.setattr(metadata_store._MetadataStoreImpl, "write", in_two_parts)
+    config = programs_on((1, 1, 1)).config
+    with Checkpoints(tmp_path, to_keep=1) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save({"x": np.arange(step)}, step, config, {"next_batch": step})
+            checkpoints.check()
+    assert Checkpoints(tmp_path).resume_step() == 5
+    assert runs.checkpoint_steps(tmp_path) == [5] and capsys.readouterr().err == ""
+
+
+def test_older_checkpoints_stay_until_the_new_one_is_verified(saved, tmp_path, monkeypatch):
+    """As when something still writes to its files: the bug that this guards against."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    write = checkpoint.digests.write
+
+    def damaged_later(folder):
+        write(folder)
+        (folder / "config/metadata").write_text("{}")
+
+    monkeypatch.setattr(checkpoint.digests, "write", damaged_later)
+    with pytest.raises(InputError, match=r"15 is not as it was written \(config/metadata is dam"):
+        with Checkpoints(tmp_path / "run", to_keep=1) as checkpoints:
+            config = programs_on((1, 1, 1)).config
+            checkpoints.save({"x": np.arange(3)}, 15, config, {"next_batch": 15})
+    assert checkpoint.newest_config(tmp_path / "run")[0] == 10
+
+
+def test_saving_asks_nobody_whether_to_stop(tmp_path, monkeypatch):
+    """Only the loop may: with a step that is over, processes would agree on one that has passed."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path) as checkpoints:
+        config = programs_on((1, 1, 1)).config
+        checkpoints.save({"x": np.arange(3)}, 1, config, {"next_batch": 1})
+    assert asked == []
+
+
+def test_a_saved_checkpoint_is_on_the_disk(tmp_path, monkeypatch):
+    """All files and folders are synchronised before it gets its name, and its name after that."""
+    synchronised, names = {}, []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor):
+        status = os.fstat(descriptor)
+        synchronised[status.st_ino] = status.st_size
+        fsync(descriptor)
+
+    def renamed(source, destination):
+        replace(source, destination)
+        if Path(destination).name == "1":
+            paths = [Path(destination), *Path(destination).rglob("*")]
+            names.extend(p for p in paths if p.stat().st_ino not in synchronised)
+            cut = [
+                p
+                for p in paths
+                if p.is_file() and synchronised[p.stat().st_ino] != p.stat().st_size
+            ]
+            names.extend(cut)
+            synchronised.clear()
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    with Checkpoints(tmp_path) as checkpoints:
+        config = programs_on((1, 1, 1)).config
+        checkpoints.save({"x": np.arange(3)}, 1, config, {"next_batch": 1})
+    assert names == []
+    assert {(tmp_path / "checkpoints").stat().st_ino, tmp_path.stat().st_ino} <= set(synchronised)
 
 
 # ---- Disks ------------------------------------------------------------------------------------
@@ -224,6 +351,16 @@ def test_full_disk(tmp_path):
     assert "(No space left on device); the checkpoints before it are whole" in line
     assert checkpoints[0] == "2"
     assert not re.search(rf"checkpoints/({'|'.join(checkpoints)}) could", line)
+
+
+@needs_mount()
+@pytest.mark.parametrize("kilobytes", [8, 40])  # for the corpus, and for its tokens
+def test_full_disk_while_the_corpus_is_prepared(tmp_path, kilobytes):
+    fields = runs.corpus(tmp_path) | {"data.cache_dir": tmp_path / "disk/cache"}
+    code, said, _ = train_on(tmp_path / "disk", kilobytes, fields)
+    (line,) = [line for line in said.splitlines() if not line.startswith("ls:")]
+    assert code == 2 and line.startswith("error: ") and "No space left on device" in line
+    assert f"{tmp_path}/disk/cache/" in line
 
 
 @needs_mount()
