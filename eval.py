@@ -11,6 +11,7 @@ from absl import flags
 from caat_jax import command_line
 from caat_jax.checkpoints import checkpoints
 from caat_jax.config import user_paths
+from caat_jax.data import token_cache
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
 from caat_jax.evaluation import report as evaluation
@@ -27,6 +28,7 @@ _LIMIT = flags.DEFINE_integer("limit", None, "Only so many examples of each task
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Sequences at a time; default: as in training.", 1
 )
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, token_cache.CACHE_DIR_HELP)
 processes.define_flags()
 
 
@@ -42,7 +44,7 @@ def main() -> None:
         if processes.is_first():
             report.add_tasks(tasks)
     else:
-        validation = evaluation.evaluate_checkpoint(workdir, step, config)
+        validation = evaluation.evaluate_checkpoint(workdir, step, config, _CACHE_DIR.value)
         table = validation.table()
         if processes.is_first():
             report.add_validation(validation)

@@ -1,9 +1,10 @@
-"""What the caches under `data.cache_dir` have in common: keys, and one builder at a time."""
+"""What the caches under `data.cache_dir` have in common: keys, seals, one builder at a time."""
 
 import contextlib
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,71 @@ from typing import Any
 from caat_jax import files
 from caat_jax.errors import InputError
 
+SEAL = "sealed.json"
+
+_CHUNK_BYTES = 1 << 22
+
+
+def not_prepared(folder: Path) -> InputError:
+    """For what a checkpoint's configuration names and must not be written."""
+    return InputError(
+        f"{folder} is not there, or damaged; --cache_dir=FOLDER prepares the checkpoint's documents"
+        " in another data.cache_dir"
+    )
+
 
 def key_of(*parts: Any) -> str:
     """32 hexadecimal digits that identify JSON-able parts."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Notes the size, the time of change and the CRC-32 of every file below, on the disk."""
+    entries = {}
+    for name in _names(folder):
+        path = folder / name
+        files.sync(path)
+        status = path.stat()
+        entries[name] = [status.st_size, status.st_mtime_ns, _digest(path)]
+    files.write(folder / SEAL, json.dumps(entries, indent=0) + "\n")
+
+
+def damage(folder: Path) -> str | None:
+    """What has changed since `seal`, in a few words; None: nothing.
+
+    A file's content is read only where its time of change is another.
+    """
+    try:
+        entries = files.read_json(folder / SEAL, dict)
+    except FileNotFoundError:
+        return f"{SEAL} is missing"
+    except InputError:
+        return f"{SEAL} is damaged"
+    names = _names(folder)
+    for name in sorted(names ^ entries.keys()):
+        return f"{name} is {'too many' if name in names else 'missing'}"
+    for name, entry in entries.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is not a regular file"
+        status = path.stat()
+        if entry != [status.st_size, status.st_mtime_ns, entry[-1]]:
+            if entry != [status.st_size, entry[1], _digest(path)]:
+                return f"{name} is damaged"
+    return None
+
+
+def _names(folder: Path) -> set[str]:
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)) for path in paths} - {SEAL}
+
+
+def _digest(path: Path) -> int:
+    digest = 0
+    with files.open_regular(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest = zlib.crc32(chunk, digest)
+    return digest
 
 
 @contextlib.contextmanager

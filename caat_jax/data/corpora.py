@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import os
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,10 +105,17 @@ class Documents(Sequence[str]):
         """The text of a document.
 
         Raises:
-          InputError: it is not UTF-8, under `data.encoding_errors="strict"`.
+          InputError: it is not UTF-8, under `data.encoding_errors="strict"`, or cannot be read.
         """
         number = int(self._numbers[index])
-        text = self._source[number][self._data.text_feature]
+        try:
+            text = self._source[number][self._data.text_feature]
+        # What array_record and TFDS raise for a damaged file has no type in common.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{self._name}, document {number} cannot be read ({reason})"
+            ) from error
         return _decode(text, self._data.encoding_errors, f"{self._name}, document {number}")
 
     def chosen(self, mask: np.ndarray) -> "Documents":
@@ -193,8 +201,12 @@ class Corpus:
         return Documents(source, f"{info.full_name}, split {split!r}", self._data)
 
 
-def open_corpus(data: DataConfig) -> Corpus:
+def open_corpus(data: DataConfig, prepare: bool = True) -> Corpus:
     """The corpus that the configuration names; prepares that of text files at first.
+
+    Args:
+      data: the configuration.
+      prepare: whether it may write to `data.cache_dir`.
 
     Raises:
       InputError: there is no such corpus, split or feature, or a file cannot serve.  Nothing has
@@ -202,7 +214,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     """
     if data.eval_split and data.eval_split == data.train_split:
         raise InputError(f"data.eval_split={data.eval_split} is data.train_split too")
-    builder = _prepared_by_user(data) if data.tfds_name else _prepared_from_files(data)
+    builder = _prepared_by_user(data) if data.tfds_name else _prepared_from_files(data, prepare)
     features = builder.info.features
     texts = [name for name in features if isinstance(features[name], tfds.features.Text)]
     if data.text_feature not in texts:
@@ -243,7 +255,7 @@ def _prepared_by_user(data: DataConfig) -> tfds.core.DatasetBuilder:
     return builder
 
 
-def _prepared_from_files(data: DataConfig) -> tfds.core.DatasetBuilder:
+def _prepared_from_files(data: DataConfig, prepare: bool) -> tfds.core.DatasetBuilder:
     paths = _matching(data.files) if data.files else _standard_library()
     try:
         identities = [(str(path), path.stat()) for path in paths]
@@ -251,19 +263,28 @@ def _prepared_from_files(data: DataConfig) -> tfds.core.DatasetBuilder:
         raise _unreadable(error) from error
     for path in paths:
         if not path.is_file():  # a device or a pipe may have no end
-            raise InputError(f"{path} is no regular file; leave it out of data.files")
+            raise InputError(f"{path} is not a regular file; leave it out of data.files")
     key = cache_folder.key_of(
         data.encoding_errors,
         [[path, stat.st_size, stat.st_mtime_ns] for path, stat in identities],
     )
     folder = user_paths.expanded("data.cache_dir", data.cache_dir) / "corpora" / key
-    builder = TextFiles(data_dir=folder)
-    if builder.data_path.exists():
-        return builder
+    prepared = folder / "text_files" / str(TextFiles.VERSION)
+    if cache_folder.damage(prepared) is None:
+        return TextFiles(data_dir=folder)
+    if not prepare:
+        raise cache_folder.not_prepared(prepared)
     content = hashlib.blake2b(digest_size=16)
     for path in _progress(paths, "checking files"):
         content.update(_digest(_read(path, data.encoding_errors)).to_bytes(8, "big"))
     with cache_folder.locked(folder):
+        damage = cache_folder.damage(prepared)
+        if damage is None:  # another process was faster
+            return TextFiles(data_dir=folder)
+        if prepared.exists():
+            print(f"{prepared} is damaged ({damage}); it is made anew", file=sys.stderr)
+        for left_over in (prepared, *prepared.parent.glob("incomplete.*")):
+            shutil.rmtree(left_over, ignore_errors=True)
         builder = TextFiles(
             files=paths,
             encoding_errors=data.encoding_errors,
@@ -272,15 +293,20 @@ def _prepared_from_files(data: DataConfig) -> tfds.core.DatasetBuilder:
         )
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
-        # TFDS announces itself on stdout, which belongs to the program.  It does nothing when
-        # another process was faster.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
+        try:
+            # TFDS announces itself on stdout, which belongs to the program.
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare()
+            cache_folder.seal(prepared)
+        # What TFDS and array_record raise, where a disk is full, has no type in common.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{folder} could not be prepared ({reason})") from error
     return builder
 
 
 def _matching(pattern: str) -> list[Path]:
-    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    found = sorted(glob.glob(str(user_paths.expanded("data.files", pattern)), recursive=True))
     paths = [Path(path).absolute() for path in found if not os.path.isdir(path)]
     if not paths:
         raise InputError(f"data.files={pattern} matches no file")
@@ -288,7 +314,7 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _standard_library() -> list[Path]:
-    """The sources of the running Python's library, without its tests, and what is no text."""
+    """The sources of the running Python's library, without tests or files that are not UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = []
     for path in sorted(root.rglob("*.py")):

@@ -1,15 +1,21 @@
-"""A corpus as two flat files of tokens, written once and memory-mapped by everybody.
+"""A corpus as two flat files of tokens, written once and memory-mapped by every process.
 
 Letters: T, the sequence length.
 
 A file holds `BOS document EOS` for one document after the other (of an imported model, what its
 tokeniser puts there instead of BOS).  Sequence i is its tokens
 [i·T, i·T + T + 1): neighbours share one token, so that every token but the first is a target once.
+
+`manifest.json` has the files' CRC-32.  They are compared with it when a file's size or time of
+change is another than when it was written (`touch` it to have that done), and what is damaged is
+made anew.
 """
 
+import dataclasses
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +29,14 @@ from caat_jax.config.sections import DataConfig
 from caat_jax.data import cache_folder, corpora
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
+from configs import base
 
 PADDING = -1
+
+CACHE_DIR_HELP = (
+    "Prepares the run's documents there; default: its data.cache_dir, read only unless it is that"
+    " of configs/base.py."
+)
 
 # Goes up when the files' content would change for the same corpus and tokeniser.
 _FORMAT = 1
@@ -32,6 +44,10 @@ _SPLITS = ("train", "validation")
 # A batch of documents ends at whichever comes first; progress is recorded after each.
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 4_000_000
+_PIECE = 1 << 20  # tokens handled at a time, so that a long document takes little memory
+
+# Of one split, in the manifest: integers of 0 or more.
+_COUNTS = ("documents", "tokens", "crc32")
 
 
 class TokenSequences:
@@ -74,21 +90,39 @@ class TokenCache(NamedTuple):
     validation: TokenSequences
 
 
-def open_cache(data: DataConfig, tokenizer: Tokenizer) -> TokenCache:
-    """The configured corpus in tokens; tokenises it at first, or goes on where that was stopped.
+def stored_data(data: DataConfig, cache_dir: str | None) -> tuple[DataConfig, bool]:
+    """What to give `open_cache` for a configuration out of a checkpoint: `data` and `prepare`.
+
+    Anybody may have written that, so that nothing is written where it says, only to `cache_dir`,
+    which the user gives, and to the folder that `configs/base.py` names.
+    """
+    if cache_dir is not None:
+        data = dataclasses.replace(data, cache_dir=cache_dir)
+    return data, cache_dir is not None or data.cache_dir == base.get_config().data.cache_dir
+
+
+def open_cache(data: DataConfig, tokenizer: Tokenizer, prepare: bool = True) -> TokenCache:
+    """The configured corpus in tokens; tokenises it first, or resumes where that was stopped.
 
     Several processes may call it at a time: one works, the others wait.
 
+    Args:
+      data: the configuration.
+      tokenizer: the one that it names.
+      prepare: whether what is missing may be written to `data.cache_dir`.
+
     Raises:
-      InputError: the corpus cannot serve, or is too short for one sequence.
+      InputError: the corpus cannot serve, is too short for one sequence, or is not prepared.
     """
-    corpus = corpora.open_corpus(data)
+    corpus = corpora.open_corpus(data, prepare)
     # T is no part of the key: the files hold no sequences yet.
     fingerprint = cache_folder.key_of(_FORMAT, corpus.fingerprint, tokenizer.fingerprint)
     folder = user_paths.expanded("data.cache_dir", data.cache_dir) / "tokens" / fingerprint
-    if not _finished(folder):
+    if not _unchanged(folder, tokenizer, prepare):
+        if not prepare:
+            raise cache_folder.not_prepared(folder)
         with cache_folder.locked(folder):
-            if not _finished(folder):
+            if not _unchanged(folder, tokenizer, prepare):
                 _build(folder, corpus, tokenizer)
     length = data.sequence_length
     train, validation = (
@@ -111,17 +145,65 @@ def open_cache(data: DataConfig, tokenizer: Tokenizer) -> TokenCache:
 
 
 def _build(folder: Path, corpus: corpora.Corpus, tokenizer: Tokenizer) -> None:
-    documents = {split: corpus.documents(split) for split in _SPLITS}
-    manifest = _read_manifest(folder)
+    manifest = _read_manifest(folder, warn=True)
     for split in _SPLITS:
-        _tokenize(folder, split, documents[split], tokenizer, manifest)
-    _write_manifest(folder, {**manifest, "finished": True})
-    counts = ", ".join(
-        f"{manifest[split]['tokens']:,} tokens of {manifest[split]['documents']:,} documents for"
-        f" {split}"
-        for split in _SPLITS
-    )
-    print(f"tokenised {counts}: {folder}", file=sys.stderr)
+        done = manifest[split]
+        damage = _damage(folder / f"{split}.bin", done, tokenizer)
+        if damage:
+            print(f"{folder}/{split}.bin is damaged ({damage}); it is made anew", file=sys.stderr)
+            done.update(documents=0, tokens=0, crc32=0)
+            manifest["finished"] = False
+    if not manifest["finished"]:
+        documents = {split: corpus.documents(split) for split in _SPLITS}
+        for split in _SPLITS:
+            _tokenize(folder, split, documents[split], tokenizer, manifest)
+        counts = ", ".join(
+            f"{manifest[split]['tokens']:,} tokens of {manifest[split]['documents']:,} documents"
+            f" for {split}"
+            for split in _SPLITS
+        )
+        print(f"tokenised {counts}: {folder}", file=sys.stderr)
+    changed = {split: (folder / f"{split}.bin").stat().st_mtime_ns for split in _SPLITS}
+    _write_manifest(folder, {**manifest, "finished": True, "changed": changed})
+
+
+def _unchanged(folder: Path, tokenizer: Tokenizer, prepare: bool) -> bool:
+    """Whether the files are complete, and as they were when they were written or last compared."""
+    manifest = _read_manifest(folder)
+    if not manifest["finished"]:
+        return False
+    for split in _SPLITS:
+        path = folder / f"{split}.bin"
+        size = manifest[split]["tokens"] * _dtype(tokenizer).itemsize
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != size:
+            return False
+        if path.stat().st_mtime_ns != manifest["changed"][split]:
+            # One that cannot be written is compared every time.
+            if (prepare and os.access(folder, os.W_OK)) or _damage(
+                path, manifest[split], tokenizer
+            ):
+                return False
+    return True
+
+
+def _damage(path: Path, done: dict[str, int], tokenizer: Tokenizer) -> str | None:
+    """What is wrong with the tokens that a file should begin with; None: nothing."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.unlink()
+        return "it is not a regular file"
+    digest, left, dtype = 0, done["tokens"], _dtype(tokenizer)
+    if left:
+        if not path.exists():
+            return "it is missing"
+        if path.stat().st_size < left * dtype.itemsize:
+            return f"{path.stat().st_size} bytes of {left * dtype.itemsize}"
+        tokens = np.memmap(path, dtype, mode="r", shape=(left,))
+        for start in range(0, left, _PIECE):
+            piece = np.ascontiguousarray(tokens[start : start + _PIECE])
+            if piece.max() >= tokenizer.size:
+                return f"id {piece.max()} of a vocabulary of {tokenizer.size}"
+            digest = zlib.crc32(piece, digest)
+    return None if digest == done["crc32"] else "its digest is another"
 
 
 def _tokenize(
@@ -136,6 +218,7 @@ def _tokenize(
     path = folder / f"{split}.bin"
     path.touch()
     with (
+        files.naming(path),
         open(path, "r+b") as file,
         tqdm.tqdm(
             desc=f"tokenising {split} documents",
@@ -147,11 +230,19 @@ def _tokenize(
         # What was written after the manifest was may not be complete.
         file.truncate(done["tokens"] * dtype.itemsize)
         file.seek(0, os.SEEK_END)
+
+        def write(ids: Sequence[int] | np.ndarray) -> None:
+            content = np.asarray(ids, dtype).tobytes()
+            done["crc32"] = zlib.crc32(content, done["crc32"])
+            done["tokens"] += len(ids)
+            file.write(content)
+
         for texts in _batches(documents, done["documents"]):
             for ids in tokenizer.encode_batch(texts):
-                document = np.array([*tokenizer.prefix, *ids, tokenizer.eos_id], dtype)
-                file.write(document.tobytes())
-                done["tokens"] += len(document)
+                write(tokenizer.prefix)
+                for start in range(0, len(ids), _PIECE):
+                    write(ids[start : start + _PIECE])
+                write([tokenizer.eos_id])
             done["documents"] += len(texts)
             file.flush()
             os.fsync(file.fileno())
@@ -176,16 +267,26 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
 
 
-def _finished(folder: Path) -> bool:
-    return _read_manifest(folder)["finished"]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, warn: bool = False) -> dict[str, Any]:
     """What is done: documents and tokens of each split, and whether that is all."""
+    nothing = {split: dict.fromkeys(_COUNTS, 0) for split in _SPLITS}
+    path = folder / "manifest.json"
     try:
-        return files.read_json(folder / "manifest.json", dict)
+        manifest = files.read_json(path, dict)
+        for split in _SPLITS:
+            counts = [manifest[split][name] for name in _COUNTS]
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise InputError(f"{path}: {split} is {manifest[split]}")
+        if manifest["finished"] is True:
+            manifest = manifest | {"changed": {s: manifest["changed"][s] for s in _SPLITS}}
+        return manifest | {"finished": manifest["finished"] is True}
     except FileNotFoundError:
-        return {"finished": False} | {split: {"documents": 0, "tokens": 0} for split in _SPLITS}
+        pass
+    # One without digests, of an earlier version, too.
+    except (InputError, KeyError, TypeError) as error:
+        if warn:
+            print(f"{path} is damaged ({error}); the tokens are made anew", file=sys.stderr)
+    return {"finished": False} | nothing
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from caat_jax import files
 from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.sections import Config
 from caat_jax.data import corpora
-from caat_jax.data.token_cache import open_cache
+from caat_jax.data.token_cache import open_cache, stored_data
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
 from caat_jax.training.validation import summed_loss
@@ -64,15 +64,18 @@ class Validation(NamedTuple):
         )
 
 
-def evaluate_checkpoint(workdir: Path, step: int, config: Config) -> Validation:
+def evaluate_checkpoint(
+    workdir: Path, step: int, config: Config, cache_dir: str | None = None
+) -> Validation:
     """One checkpoint on all validation sequences, on this machine's devices, whatever it was
-    trained on; `train.eval_sequences` plays no part."""
-    cache = open_cache(config.data, tokenizer_of(config, workdir))
+    trained on; `train.eval_sequences` plays no part.  `cache_dir` is as for `stored_data`."""
+    data, prepare = stored_data(config.data, cache_dir)
+    cache = open_cache(data, tokenizer_of(config, workdir), prepare)
     model = restore_model(workdir, step, config)
     programs = Programs(model.config, model.mesh)
     loss_sum, count = summed_loss(programs, model.parameters, cache.validation, limit=-1)
     # Reading the documents again takes little time next to the model's passes over them.
-    documents = corpora.open_corpus(config.data).documents("validation")
+    documents = corpora.open_corpus(data, prepare).documents("validation")
     return Validation(loss_sum, count, sum(len(text.encode()) for text in documents))
 
 

@@ -18,6 +18,7 @@ from absl import flags
 from caat_jax import command_line, files
 from caat_jax.checkpoints import checkpoints
 from caat_jax.config import user_paths
+from caat_jax.data import token_cache
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
 from caat_jax.figures import COLOURS
@@ -27,7 +28,7 @@ from caat_jax.sensitivity.budget_config import Plan
 from caat_jax.sensitivity.cuts import Sensitivity
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
-_CUT_TO = flags.DEFINE_list("cut_to", "0.75,0.5,0.25,0.0", "SublayerWeights to cut a sublayer to.")
+_CUT_TO = flags.DEFINE_list("cut_to", "0.75,0.5,0.25,0.0", "Factors to cut a sublayer to.")
 _SEQUENCES = flags.DEFINE_integer(
     "sequences",
     None,
@@ -36,6 +37,7 @@ _SEQUENCES = flags.DEFINE_integer(
 _BUDGET = flags.DEFINE_float(
     "budget", None, "The mean fraction of channels that may be synchronised: writes a config."
 )
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, token_cache.CACHE_DIR_HELP)
 processes.define_flags()
 
 
@@ -57,7 +59,7 @@ def main() -> None:
         budget_config.check_budget(_BUDGET.value, config.model, sync_factors)
     command_line.simulate_devices(config.mesh)
     sequences = config.train.eval_sequences if _SEQUENCES.value is None else _SEQUENCES.value
-    sensitivity = sublayer_cuts.measure(workdir, step, config, cuts, sequences)
+    sensitivity = sublayer_cuts.measure(workdir, step, config, cuts, sequences, _CACHE_DIR.value)
     plan = None if _BUDGET.value is None else budget_config.plan(sensitivity, _BUDGET.value)
     if processes.is_first():
         _report(sensitivity, plan, workdir)

@@ -14,7 +14,7 @@ import tqdm
 from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Config
-from caat_jax.data.token_cache import open_cache
+from caat_jax.data.token_cache import open_cache, stored_data
 from caat_jax.devices import processes
 from caat_jax.training.step import Programs
 from caat_jax.training.validation import validation_loss
@@ -59,7 +59,12 @@ def cuts_below(model: Architecture, sync_factors: Sequence[float]) -> list[Cut]:
 
 
 def measure(
-    workdir: Path, step: int, config: Config, cuts: Sequence[Cut], sequences: int
+    workdir: Path,
+    step: int,
+    config: Config,
+    cuts: Sequence[Cut],
+    sequences: int,
+    cache_dir: str | None = None,
 ) -> Sensitivity:
     """Evaluates a checkpoint and its cuts on this machine's devices, whatever it was trained on.
 
@@ -71,9 +76,11 @@ def measure(
       config: the checkpoint's.
       cuts: what to measure; each is compiled on its own.
       sequences: how many of the validation split's, from its beginning; -1: all.
+      cache_dir: as for `stored_data`.
     """
     train = dataclasses.replace(config.train, eval_sequences=sequences)
-    validation = open_cache(config.data, tokenizer_of(config, workdir)).validation
+    data, prepare = stored_data(config.data, cache_dir)
+    validation = open_cache(data, tokenizer_of(config, workdir), prepare).validation
     model = restore_model(workdir, step, dataclasses.replace(config, train=train))
     uncut, mesh, parameters = model.config, model.mesh, model.parameters
     uncut_loss = validation_loss(Programs(uncut, mesh), parameters, validation)

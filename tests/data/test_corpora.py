@@ -218,6 +218,37 @@ def test_tfds_text_that_is_not_utf8(poems):
         documents[0]
 
 
+DAMAGES = {
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+    "nested": lambda path: path.write_bytes(b"[" * 100_000),
+    "link": lambda path: (path.unlink(), path.symlink_to("/etc/passwd")),
+}
+
+
+@pytest.mark.parametrize("name", ["*.array_record-*", "dataset_info.json", "sealed.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_corpus_is_made_anew(data_config, texts, tmp_path, capsys, damage, name):
+    documents = corpora.open_corpus(data_config()).documents("train")
+    expected = list(documents)
+    (path,) = (tmp_path / "cache").rglob(name)
+    left_over = path.parent.with_name("incomplete.AB12_1.0.0")
+    left_over.mkdir()
+    DAMAGES[damage](path)
+    assert list(corpora.open_corpus(data_config()).documents("train")) == expected
+    assert capsys.readouterr().err.count(f"{path.parent} is damaged (") == 1
+    assert not left_over.exists() and not path.is_symlink()
+
+
+def test_a_copied_corpus_is_compared_and_kept(data_config, texts, tmp_path, monkeypatch):
+    corpora.open_corpus(data_config())
+    (path,) = (tmp_path / "cache").rglob("*.array_record-*")
+    os.utime(path)
+    monkeypatch.setattr(corpora.cache_folder, "locked", None)
+    corpora.open_corpus(data_config())
+
+
 def test_tensorflow_is_never_imported(data_config, texts, tmp_path):
     # Not even where it is installed.
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('tensorflow is imported')")

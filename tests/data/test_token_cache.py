@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -199,6 +200,83 @@ def test_too_little_text(data_config, texts):
     assert f"data.sequence_length of at most {tokens - 1}" in str(caught.value)
     longest = token_cache.open_cache(data_config(sequence_length=tokens - 1), BYTES)
     assert len(longest.train) == 1 and len(longest.validation) == 1
+
+
+def _replaced_by_link(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+DAMAGES = {
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "ones": lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
+    "short": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+    "link": _replaced_by_link,
+    "fifo": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_tokens_are_made_anew(data_config, texts, capsys, damage, finished, name):
+    data = data_config()
+    token_cache.open_cache(data, BYTES)
+    expected = _files(data)
+    (folder,) = Path(data.cache_dir).glob("tokens/*")
+    if not finished:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    DAMAGES[damage](folder / name)
+    capsys.readouterr()
+    token_cache.open_cache(data, BYTES)
+    assert _files(data) == expected
+    assert capsys.readouterr().err.count(f"{folder}/{name} is damaged (") == 1
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"finished": true}', "{" * 10000])
+def test_a_damaged_manifest_is_made_anew(data_config, texts, capsys, content):
+    data = data_config()
+    token_cache.open_cache(data, BYTES)
+    expected = _files(data)
+    (manifest,) = Path(data.cache_dir).glob("tokens/*/manifest.json")
+    manifest.write_text(content)
+    capsys.readouterr()
+    token_cache.open_cache(data, BYTES)
+    assert _files(data) == expected and json.loads(manifest.read_text())["finished"]
+    assert capsys.readouterr().err.count(f"{manifest} is damaged (") == 1
+
+
+def test_tokens_are_compared_once_for_each_change(data_config, texts, monkeypatch):
+    data, compared = data_config(), []
+    token_cache.open_cache(data, BYTES)
+    (path,) = Path(data.cache_dir).glob("tokens/*/train.bin")
+    real = token_cache._damage
+    monkeypatch.setattr(token_cache, "_damage", lambda *a: compared.append(a) or real(*a))
+    for touched, times in ((False, 0), (True, 2), (False, 2)):
+        if touched:
+            os.utime(path)
+        token_cache.open_cache(data, BYTES)
+        assert len(compared) == times
+
+
+def test_a_long_document_takes_little_memory(tmp_path):
+    """Ids of 4 bytes each, and little else."""
+    tokens = 5_000_000
+
+    class Long(type(BYTES)):
+        def encode_batch(self, texts):
+            return [np.zeros(tokens, np.int32) for _ in texts]
+
+    manifest = {"train": dict.fromkeys(("documents", "tokens", "crc32"), 0)}
+    tracemalloc.start()
+    token_cache._tokenize(tmp_path, "train", ["text"], Long(), manifest)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * 4 * tokens
+    assert (tmp_path / "train.bin").stat().st_size == 2 * (tokens + 2)
 
 
 def test_finished_cache_may_be_read_only(data_config, texts, monkeypatch):
