@@ -94,7 +94,7 @@ def small(texts, tmp_path):
             )
             for field in ("tokenizer", "cache_dir")
         ),
-        ([TINY, "--config.data.files=/dev/zero"], ["/dev/zero is no regular file"]),
+        ([TINY, "--config.data.files=/dev/zero"], ["/dev/zero is not a regular file"]),
         (
             [TINY, "--config.model.mlp_dim=1000000000"],
             ["on each of 8 devices", "parameters", "train.global_batch=16"],
@@ -236,7 +236,7 @@ def test_workdir_that_is_a_file(run, small, tmp_path, place):
 def test_workdir_of_nobody(run, small, script):
     arguments = {"train.py": small[1:], "eval.py": [], "generate.py": ["--prompt=a"]}[script]
     result = run(script, *arguments, "--workdir=~nobody_here/run")
-    assert_refused(result, "--workdir=~nobody_here/run: ~nobody_here is nobody's home folder")
+    assert_refused(result, "--workdir=~nobody_here/run: there is no user nobody_here")
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])

@@ -32,6 +32,7 @@ from caat_jax.config.sections import (
     cudnn_supports,
 )
 from caat_jax.errors import InputError
+from configs import base
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION_KERNELS = ("auto", "plain", "splash", "cudnn")
@@ -45,10 +46,7 @@ def resolve(config: ConfigDict) -> Config:
     Raises:
       InputError: naming the field, its value and what is allowed.
     """
-    for name, value in leaves(config):
-        # What a ConfigDict lets a file put into a field of any type.
-        if value is None:
-            raise InputError(f"{name}=None must have a value, such as that in configs/base.py")
+    _check_types(config)
     model = checked_architecture(dict(config.model))
     schedule = checked_schedule(config.train.sync_schedule, model.layers)
     train = TrainConfig(**{**config.train, "sync_schedule": schedule})
@@ -72,6 +70,23 @@ def resolve(config: ConfigDict) -> Config:
         optimizer=optimizer,
         train=train,
     )
+
+
+def _check_types(config: ConfigDict) -> None:
+    """A file is a program: it can unlock its ConfigDict and put anything into it."""
+    defaults, given = dict(leaves(base.get_config())), dict(leaves(config))
+    check_field_names([name for name in given if name not in defaults], base.get_config())
+    for name, default in defaults.items():
+        if name not in given:
+            raise InputError(f"{name} is missing; configs/base.py has it")
+        value = given[name]
+        if value is None:
+            raise InputError(f"{name}=None must have a value, such as that in configs/base.py")
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(type(default), (type(default),))
+        if type(value) not in kinds:
+            raise InputError(
+                f"{name}={value!r} must be of type {type(default).__name__}, such as {default!r}"
+            )
 
 
 def resolve_mesh(config: Config, devices: int) -> MeshConfig:

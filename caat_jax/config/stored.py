@@ -1,7 +1,7 @@
 """A resolved configuration as JSON, as checkpoints carry it; and how two of them differ."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from caat_jax.config.architecture import Architecture, Stage, SyncFactors
 from caat_jax.config.sections import (
@@ -13,6 +13,8 @@ from caat_jax.config.sections import (
     TrainConfig,
 )
 from caat_jax.errors import InputError
+
+_Section = TypeVar("_Section")
 
 
 def base_fields(config: Config) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def from_json(fields: dict[str, Any]) -> Config:
     """The configuration that `to_json` wrote.
 
     Raises:
-      InputError: it was written by another version of this project, with other fields.
+      InputError: it was written by another version of this project, with other fields, or by
+        something else.
     """
     try:
         model = dict(fields["model"])
@@ -44,19 +47,37 @@ def from_json(fields: dict[str, Any]) -> Config:
         train["sync_schedule"] = tuple(
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )
-        return Config(
-            seed=fields["seed"],
-            model=Architecture(**model),
-            compute=Compute(**fields["compute"]),
-            mesh=MeshConfig(**fields["mesh"]),
-            data=DataConfig(**fields["data"]),
-            optimizer=OptimizerConfig(**fields["optimizer"]),
-            train=TrainConfig(**train),
+        return _typed(
+            Config(
+                seed=fields["seed"],
+                model=_typed(Architecture(**model)),
+                compute=_typed(Compute(**fields["compute"])),
+                mesh=_typed(MeshConfig(**fields["mesh"])),
+                data=_typed(DataConfig(**fields["data"])),
+                optimizer=_typed(OptimizerConfig(**fields["optimizer"])),
+                train=_typed(TrainConfig(**train)),
+            )
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"the stored configuration has other fields than this version's ({error})"
         ) from error
+
+
+def _typed(section: _Section) -> _Section:
+    """The section, when its numbers, words and factors are such."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        kinds = {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.get(field.type)
+        if kinds and type(value) not in kinds:
+            raise TypeError(f"{field.name} is {value!r}")
+        if field.name == "sync_factors" and not _are_factors(value):
+            raise TypeError(f"sync_factors is {value!r}")
+    return section
+
+
+def _are_factors(factors: Any) -> bool:
+    return all(len(pair) == 2 and all(type(p) in (int, float) for p in pair) for pair in factors)
 
 
 def _pairs(lists: list[list[float]]) -> SyncFactors:

@@ -1,5 +1,6 @@
 """Paths that the user gives."""
 
+import os
 from pathlib import Path
 
 from caat_jax.errors import InputError
@@ -13,10 +14,14 @@ def expanded(name: str, path: str) -> Path:
       path: as given.
 
     Raises:
-      InputError: there is no such user.
+      InputError: there is no such user, or a path cannot be that.
     """
     try:
+        os.fsencode(path)
+        if "\0" in path:
+            raise ValueError
         return Path(path).expanduser()
     except RuntimeError as error:
-        user = Path(path).parts[0]
-        raise InputError(f"{name}={path}: {user} is nobody's home folder here") from error
+        raise InputError(f"{name}={path}: there is no user {Path(path).parts[0][1:]}") from error
+    except ValueError:
+        raise InputError(f"{name}={path!r} has a character that no path has") from None

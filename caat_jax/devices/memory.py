@@ -4,8 +4,10 @@ The compiler and the allocator end the process when sizes are far too large.  Wh
 is less than any training step takes; a model that passes may still be too large.
 """
 
+import contextlib
 import math
 import os
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -66,5 +68,27 @@ def _available_bytes(mesh: Mesh) -> float:
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return physical // jax.local_device_count()
+        return min(physical, container_bytes()) // jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def container_bytes(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """The smallest memory limit of the control groups that this process is in; infinite: none."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                top, name = root, "memory.max"
+            elif "memory" in controllers.split(","):
+                top, name = root / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            # In a container its own group is the top one, whatever its path is outside.
+            parts = Path(path).parts[1:]
+            for depth in range(len(parts) + 1):
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    limits.append(int(top.joinpath(*parts[:depth], name).read_text()))
+    return min(limits)

@@ -1,5 +1,7 @@
 """What a training step takes at least, against what the compiled one takes."""
 
+import math
+
 import pytest
 
 from caat_jax.devices import memory
@@ -42,3 +44,20 @@ def test_more_than_there_is(fields):
     mesh = models.programs(models.small_config()).mesh
     with pytest.raises(InputError, match=r"at least [\d,.]+ GB on each of 1 devices"):
         memory.check_training(models.small_config(**fields), mesh)
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "5000", "a/b/memory.max": "max"}, 5000),
+        ("0::/outside\n", {"memory.max": "7000"}, 7000),
+        ("3:cpu:/\n4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "6000"}, 6000),
+        ("3:cpu:/\n", {"memory.max": "1"}, math.inf),
+    ],
+)
+def test_memory_limits_of_a_container(tmp_path, groups, limits, expected):
+    (tmp_path / "groups").write_text(groups)
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(limit + "\n")
+    assert memory.container_bytes(tmp_path / "groups", tmp_path) == expected
