@@ -60,7 +60,6 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
                 "the corpus in tokens": cache.train.fingerprint,
                 "the number of training sequences": len(cache.train),
                 "the number of validation sequences": len(cache.validation),
-                "the step to resume from": newest,
             }
         )
         batches = train_batches(
@@ -105,6 +104,8 @@ def _loop(
     train = config.train
     programs = Programs(config.at_step(done + 1), mesh)
     train_step = programs.compile_train_step()
+    # CPU processes wait 30 seconds for each other's connections, and may compile for longer.
+    processes.check_same({"the step to resume from": done})
     with StopRequest() as stop_request, _Log(config, writer, done) as log:
         for step in range(done + 1, train.steps + 1):
             if programs.config != config.at_step(step):  # a stage of the schedule is over
