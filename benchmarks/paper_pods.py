@@ -13,13 +13,11 @@ import sys
 import jax
 import tqdm
 
-from caat_jax.communication import exposure
 from caat_jax.communication.audit import Audit, audit
 from caat_jax.communication.collectives import LAYER_LOOP
 from caat_jax.config.resolve import resolve, resolve_mesh
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.devices import chips, sharding, topology
-from caat_jax.devices.chips import Chip
 from caat_jax.training.step import Programs
 
 
@@ -48,8 +46,8 @@ PODS = (
 HEADER = (
     "| model | pod | mesh | microbatches | compile, s | GiB per device | of the chip's"
     " | layer loop, GB: p = 0.5 / 1 | ratio | ratio, other remat | whole `model`, GB: p = 0.5 / 1"
-    " | ratio | layers exposed, %: p = 0.5 / 1 |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    " | ratio |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -69,8 +67,7 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
     assert not problems, problems
     devices = topology.devices(pod.topology, pod.slices)
     memory = half.memory_bytes["together"]
-    chip = chips.by_device_kind(devices[0].device_kind)
-    share = memory / chip.memory_bytes
+    share = memory / chips.by_device_kind(devices[0].device_kind).memory_bytes
     loop = [layer_loop_ratio(*pair) for pair in ((half, full), other)]
     accumulation = pod.accumulation if pod.remat else pod.accumulation_without
     sizes = mesh_of(pod, pod.remat)
@@ -87,7 +84,6 @@ def row(pod: Pod, bar: tqdm.tqdm) -> str:
         loop[1],
         side_by_side(half, full),
         f"{half.wire_bytes('model') / full.wire_bytes('model'):.4f}",
-        " / ".join(f"{exposed_share(found, sizes, chip):.0%}" for found in (half, full)),
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -126,12 +122,6 @@ def layer_loop_ratio(half: Audit, full: Audit) -> str:
         for place in LAYER_LOOP
     ]
     return " / ".join(f"{ratio:.6g}" for ratio in dict.fromkeys(ratios))
-
-
-def exposed_share(found: Audit, mesh: MeshConfig, chip: Chip) -> float:
-    """Of the time of the layers' transfers over `model`."""
-    time = exposure.of_all(found.over("model", LAYER_LOOP), chip, vars(mesh))
-    return time.exposed / time.transfer
 
 
 def side_by_side(half: Audit, full: Audit, *places) -> str:
