@@ -1,6 +1,6 @@
 """The best synchronised widths that a communication budget allows: an exact optimum.
 
-Dynamic programming over whole channels: how many are left decides, not which sublayer spent them.
+Dynamic programming over whole channels: what matters is how many are left, not who used them.
 """
 
 import math
@@ -18,17 +18,17 @@ class Option(NamedTuple):
 
 
 def channels_allowed(budget: float, sublayers: int, embed_dim: int) -> int:
-    """The most synchronised channels over all sublayers of which the mean fraction is `budget`."""
-    # A product that rounding leaves just below a whole number must not cost a channel.
+    """The most channels that all sublayers together may synchronise at a mean fraction `budget`."""
+    # Rounding to just below a whole number must not cost a channel.
     return int(budget * sublayers * embed_dim * (1 + 1e-12))
 
 
 def choose(options: Sequence[Sequence[Option]], allowed: int) -> list[int] | None:
-    """Takes one option of each sublayer, together of at most `allowed` channels and least rise.
+    """Takes one option of each sublayer: at most `allowed` channels in all, and the least rise.
 
     Returns:
-      The number of each sublayer's option, the fewest channels among equal rises; None where no
-      choice of finite rises has so few channels.
+      The index of each sublayer's option, with the fewest channels among equal rises; None where no
+      choice of finite rises is small enough.
     """
     least = np.zeros(allowed + 1)  # [c]: the least rise so far with at most c channels
     taken = []

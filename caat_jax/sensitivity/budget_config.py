@@ -1,7 +1,7 @@
 """The factors that a budget buys, as a config file for train.py.
 
-Predicted rises are sums of what single cuts were measured to cost; docs/sensitivity.md says what
-that leaves out.
+Predicted rises are sums of the measured costs of single cuts; docs/sensitivity.md says what that
+leaves out.
 """
 
 import dataclasses
@@ -55,10 +55,10 @@ def check_budget(budget: float, model: Architecture, sync_factors: Sequence[floa
 
 
 def plan(sensitivity: Sensitivity, budget: float) -> Plan:
-    """The factors of least predicted rise, of those measured and each sublayer's own.
+    """The factors of least predicted rise, among those measured and each sublayer's own.
 
     Raises:
-      InputError: the budget needs a cut of which the loss is not finite.
+      InputError: the budget needs a cut whose loss is not finite.
     """
     model = sensitivity.config.model
     candidates = [
@@ -77,9 +77,7 @@ def plan(sensitivity: Sensitivity, budget: float) -> Plan:
     ]
     choice = choose(options, channels_allowed(budget, len(options), model.embed_dim))
     if choice is None:
-        raise InputError(
-            f"--budget={budget} cannot be met: it takes cuts of which the loss is not finite"
-        )
+        raise InputError(f"--budget={budget} cannot be met: it takes cuts whose loss is not finite")
     chosen = [list(rises)[taken] for rises, taken in zip(candidates, choice, strict=True)]
     pairs = tuple(zip(chosen[::2], chosen[1::2], strict=True))
     config = sensitivity.config
@@ -109,7 +107,7 @@ def file_name(budget: float) -> str:
 
 
 def source(plan: Plan, sensitivity: Sensitivity, workdir: Path) -> str:
-    """A config file in the manner of configs/tiny.py, that `resolve` makes `plan.config` of."""
+    """A config file such as configs/tiny.py, that resolves to `plan.config`."""
     lines = [
         f'"""{_docstring(plan, sensitivity, workdir)}"""',
         "",
@@ -133,12 +131,12 @@ def _docstring(plan: Plan, sensitivity: Sensitivity, workdir: Path) -> str:
     train = f"python train.py {shlex.quote(f'--config={workdir / file_name(plan.budget)}')}"
     schedule = shlex.quote(f"(({step}, {_old_factors(before)}),)")
     text = f"""\
-Synchronises {plan.budget:g} of the channels or less, where cuts cost the validation loss least.
+Synchronises at most {plan.budget:g} of the channels, where cutting costs the least validation loss.
 
     {train} --workdir=NEW
 
-trains it from the beginning. On a copy of the workdir, the checkpoint of step {step} goes on with
-these factors after the steps that it did with its own; MORE is a step above {step}:
+trains it from the start. On a copy of the workdir, training resumes from the checkpoint of step
+{step} with these factors; MORE is a step above {step}:
 
     cp -r {shlex.quote(str(workdir))} NEW
     {train} --workdir=NEW --config.train.sync_schedule={schedule} --config.train.steps=MORE
@@ -147,7 +145,7 @@ Made by python -m caat_jax.sensitivity --budget={plan.budget} of that checkpoint
 {workdir}.
 Mean over sublayers of the synchronised fraction: {plan.synchronised:.6g}.
 Predicted rise of the validation loss: {plan.rise:+.6f} nats per token, the sum of the rises that
-single cuts, to {measured}, were measured to cost. The other fields are the checkpoint's.
+single cuts, to {measured}, were measured to cause. The other fields are the checkpoint's.
 """
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
@@ -159,7 +157,7 @@ def _old_factors(model: Architecture) -> str:
 
 
 def _changed_fields(config: Config) -> list[tuple[str, Any]]:
-    """Those, as `section.field` or `seed`, that are not base's; the factors left out."""
+    """The fields that differ from base's, as `section.field` or `seed`, without the factors."""
     defaults = base.get_config()
     sections = base_fields(config)
     seed = sections.pop("seed")

@@ -43,7 +43,7 @@ class Sensitivity(NamedTuple):
         return self.cut_losses[cut] - self.uncut_loss
 
     def sync_factors(self) -> list[float]:
-        """Those that were cut to, the largest first."""
+        """The factors that were cut to, the largest first."""
         return sorted({cut.sync_factor for cut in self.cut_losses}, reverse=True)
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 COLUMNS = ("layer", "sublayer", "sync_factor", "loss", "rise")
 WIDTH = 80
 
-_FACTORS_IN_A_LINE = 5  # that WIDTH has room for
-# Of the picture: one sublayer, often in the first layer, may dwarf the others, so that rises are
-# drawn on a logarithmic scale from the smaller value on where any is above the larger.
+_FACTORS_IN_A_LINE = 5  # as many as WIDTH has room for
+# In the picture: one sublayer, often in the first layer, may dwarf the others.  So if any rise is
+# above the second value, the scale is logarithmic above the first.
 _LOGARITHMIC_FROM, _LOGARITHMIC_IF_ABOVE = 0.01, 0.1
 
 
@@ -27,7 +27,7 @@ def table(sensitivity: Sensitivity) -> str:
     model = sensitivity.config.model
     lines = textwrap.wrap(
         f"step {sensitivity.step}, S={model.tp_shards}, p={model.describe_sync_factors()}:"
-        f" validation loss {sensitivity.uncut_loss:.6f} nats per token. It rises by so much when"
+        f" validation loss {sensitivity.uncut_loss:.6f} nats per token. It rises by this much when"
         " one sublayer alone is cut to the factor at the head of the column:",
         WIDTH,
     )
@@ -80,7 +80,7 @@ def to_png(sensitivity: Sensitivity) -> bytes:
 
 
 def _scale_logarithmically(axis: "Axis") -> None:
-    """But linearly around 0, since rises may be negative."""
+    """Except around 0, since rises may be negative."""
     from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 
     axis.axes.set_yscale("symlog", linthresh=_LOGARITHMIC_FROM)

@@ -1,10 +1,10 @@
-"""Trains one model for every combination of a grid, and says what each setting costs in loss.
+"""Trains one model for every combination of a grid, and reports what each setting costs in loss.
 
     python -m caat_jax.sweep --config=configs/sweep.py --workdir=DIR [--jobs=2]
 
-Every run is a process of its own in DIR/runs/NAME, as `train.py` would have it; the same command
-again goes on where it was stopped.  In the end there are DIR/results.csv (a row for each run),
-DIR/summary.csv (a row for each setting) and pictures.  On a cluster, separate jobs do one run each
+Every run is a process of its own in DIR/runs/NAME, laid out as by `train.py`; the same command
+resumes what was stopped.  At the end it writes DIR/results.csv (a row for each run),
+DIR/summary.csv (a row for each setting) and a picture.  On a cluster, separate jobs do one run each
 with --only=NAME (--list prints the names); the command without --only then writes the results.
 """
 
@@ -40,7 +40,7 @@ _COMPILED_FOLDER = "compiled"
 _POLL_SECONDS = 1.0
 
 _CONFIG = command_line.config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the runs and results lie.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "For runs and results.", required=True)
 _JOBS = flags.DEFINE_integer(
     "jobs", 1, "Runs at a time on this machine, which share its processors evenly.", 1
 )
@@ -71,7 +71,7 @@ def _run_named(plan: Plan, name: str) -> Run:
     for run in plan.runs:
         if run.name == name:
             return run
-    raise InputError(f"--only={name} is none of the {len(plan.runs)} runs; --list prints them")
+    raise InputError(f"--only={name} is not one of the {len(plan.runs)} runs; --list prints them")
 
 
 def _check_same_configuration(run: Run, workdir: Path) -> None:
@@ -90,7 +90,7 @@ def _check_same_configuration(run: Run, workdir: Path) -> None:
 
 
 def _train(run: Run, workdir: Path) -> None:
-    """Does one run in this process, or what is left of it."""
+    """Does one run in this process, or resumes it."""
     _check_same_configuration(run, workdir)
     folder = run_folder(workdir, run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ class _Job:
         return self._process.poll() is None
 
     def failure(self) -> str | None:
-        """The last line of a run that has ended otherwise than well."""
+        """The last line of a run that failed; None of one that did not."""
         if self._process.returncode == 0:
             return None
         lines = (self._folder / _LOG_FILE).read_text(errors="replace").strip().splitlines()
@@ -148,7 +148,7 @@ def _stop(jobs: list[_Job]) -> None:
 
 
 def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
-    """Does the runs that are not done; returns the failed ones' last lines by name."""
+    """Does the unfinished runs; returns the last line of each that failed, by name."""
     steps = sum(run.config.train.steps for run in plan.runs)
     waiting = [run for run in plan.runs if not (run_folder(workdir, run) / RESULT_FILE).exists()]
     running: list[_Job] = []
@@ -175,15 +175,15 @@ def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
                 f"{len(plan.runs) - len(waiting) - len(running)} runs of {len(plan.runs)} done"
             )
             if stop_request.reached(0):
-                raise Interrupted("stopped; the same command goes on")
+                raise Interrupted("stopped; the same command resumes")
             time.sleep(0 if ended else _POLL_SECONDS)
     return failed
 
 
 def _processor_shares(jobs: int) -> list[set[int] | None]:
-    """This process's processors in so many equal parts, where the system can tell them apart.
+    """This process's processors in that many equal parts, where the system can tell them apart.
 
-    Programs that take turns on the same processors are slower than ones that have their own.
+    Programs that take turns on the same processors are slower than programs with their own.
     """
     if not hasattr(os, "sched_getaffinity"):
         return [None] * jobs

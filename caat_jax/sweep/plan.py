@@ -1,8 +1,8 @@
 """The runs of a sweep: every combination of the values that its grid gives to fields of a run.
 
-A sweep's configuration (`configs/sweep.py`) has `run`, which is what `train.py` takes; `grid`, some
-of the same fields, each with a tuple of values; and `compared`, the name of that field of the grid
-whose first value the others are compared with.  Results are averaged over the field `seed`.
+A sweep's configuration (`configs/sweep.py`) has `run`, a configuration as `train.py` takes it;
+`grid`, some of its fields, each with a tuple of values; and `compared`, the name of the grid's
+field whose first value is the baseline.  Results are averaged over the field `seed`.
 """
 
 import copy
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
 
 def all_fields() -> ConfigDict:
-    """What a sweep's configuration may have."""
+    """Every field that a sweep's configuration may have."""
     return ConfigDict(dict(run=base.get_config(), grid=base.get_config(), compared=""))
 
 
@@ -100,7 +100,7 @@ def _configuration(run: ConfigDict, settings: dict[str, Any]) -> Config:
             section = section[part]
         try:
             section[field] = value
-        except TypeError as error:  # it is of another type than the field's
+        except TypeError as error:  # of another type than the field's
             raise InputError(f"config.grid.{name}: {error}") from None
     return config_resolve.resolve(fields)
 

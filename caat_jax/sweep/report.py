@@ -1,7 +1,7 @@
-"""What a sweep found: results.csv, summary.csv, a table for people, and pictures.
+"""A sweep's results: results.csv, summary.csv, a table for people, and a picture.
 
-`results.csv` has a row for each run, the grid's fields first; everything else is computed from it
-and from the runs' metrics.
+`results.csv` has a row for each run, the grid's fields first; the rest is computed from it and from
+the runs' metrics.
 """
 
 import csv
@@ -39,7 +39,7 @@ SUMMARY_FILE = "summary.csv"
 
 CONFIDENCE = 0.95
 
-_LEGEND_CHARACTERS = 170  # that stand side by side, about
+_LEGEND_CHARACTERS = 170  # that fit side by side, about
 
 
 class Result(NamedTuple):
@@ -61,7 +61,7 @@ class Summary(NamedTuple):
     wire_bytes: int
     loss: float  # mean
     spread: float  # standard deviation over the seeds; nan for one
-    difference: float  # mean over the seeds of this loss less the baseline's of the same seed
+    difference: float  # mean over the seeds of this loss minus the baseline's of the same seed
     margin: float  # half of the difference's confidence interval; nan for one seed
 
 
@@ -71,7 +71,7 @@ def run_folder(workdir: Path, run: Run) -> Path:
 
 
 def result(config: Config, loss: float) -> dict[str, Any]:
-    """What a run that is done has in its `result.json`."""
+    """What `result.json` of a finished run holds."""
     train = config.train
     return {
         "loss": json_number(loss),
@@ -81,7 +81,7 @@ def result(config: Config, loss: float) -> dict[str, Any]:
 
 
 def wire_bytes(config: Config, steps: int) -> int:
-    """Bytes that one device sends in the first so many training steps, each device having a shard.
+    """Bytes that one device sends in that many training steps, each device holding one shard.
 
     Counted in the traced step: the embedding and the loss are in it.
     """
@@ -93,7 +93,7 @@ def wire_bytes(config: Config, steps: int) -> int:
 
 
 def _without_history(config: Config) -> Config:
-    """What a step sends depends on neither of the two."""
+    """Without seed and schedule, on which what a step sends does not depend."""
     train = dataclasses.replace(config.train, sync_schedule=())
     return dataclasses.replace(config, seed=0, train=train)
 
@@ -119,9 +119,9 @@ def write(plan: Plan, workdir: Path) -> str:
 def summarise(plan: Plan, results: Sequence[Result]) -> list[Summary]:
     """Means over the seeds of every setting, and what it costs against the baseline.
 
-    Differences are taken seed by seed: two runs of a seed have the same initial parameters and the
-    same batches, so much of what a seed does to both is not in their difference.  The interval is
-    Student's, with `CONFIDENCE`.
+    Differences are taken seed by seed: two runs with one seed have the same initial parameters and
+    the same batches, so that most of the seed's effect cancels.  The interval is Student's, with
+    `CONFIDENCE`.
     """
     by_setting: dict[tuple, dict[int, Result]] = {}
     for found in results:
@@ -152,7 +152,7 @@ def summarise(plan: Plan, results: Sequence[Result]) -> list[Summary]:
 def table(plan: Plan, summaries: Sequence[Summary]) -> str:
     """A Markdown table of the settings."""
     heads = [_short(field) for field in plan.fields]
-    heads += ["runs", "MB sent", "loss", "spread", f"less {_short(plan.compared)}={plan.baseline}"]
+    heads += ["runs", "MB sent", "loss", "spread", f"minus {_short(plan.compared)}={plan.baseline}"]
     rows = [
         (
             *(str(value) for value in s.setting),
@@ -230,7 +230,7 @@ def _plot(
     last = [s.loss for s in summaries if math.isfinite(s.loss)]
     for panel in (over_steps, over_bytes):
         if last:
-            # The first losses are high and all the same: they would hide the differences.
+            # The first losses are high and alike: they would hide the differences.
             low, high = min(last), max(last)
             panel.set_ylim(low - 0.02 * low, high + max(0.25 * high, high - low))
     over_steps.set(xlabel="step", title="Validation loss over the steps")
@@ -250,7 +250,7 @@ def _plot(
 
 
 def _plot_by_value(panel: "Axes", plan: Plan, summaries: Sequence[Summary]) -> None:
-    """The last loss against the compared field, a line for each setting of the others."""
+    """The last loss against the compared field, a line for each setting of the other fields."""
     place = plan.fields.index(plan.compared)
     values = list(dict.fromkeys(s.setting[place] for s in summaries))
     numeric = all(isinstance(value, int | float) for value in values)

@@ -137,20 +137,21 @@ def test_130m_on_a_tpu_pod(p, remat):
 
 
 @models.needs_libtpu
-def test_forward_reductions_are_hidden_by_the_private_product_alone():
-    """At p < 1 the product of the private channels can run beside the forward reduction."""
-    beside = {
-        p: [
+def test_forward_reductions_run_beside_products_only_where_p_is_below_1():
+    """At p < 1 at least the product of the private channels can."""
+    config = paper_130m("bfloat16", layers=3, remat=True)
+    full, half = (
+        [
             c.overlapped_flops
-            for c in audited(paper_130m("bfloat16", layers=3, remat=True), p, "v5e:2x4").over(
-                "model", ("layer forward",)
-            )
+            for c in audited(config, p, "v5e:2x4").over("model", ("layer forward",))
         ]
         for p in (1.0, 0.5)
-    }
+    )
     tokens, private = 4 * 1024, 768 // 2
     # Of 2 heads of 48, and of 256 columns of the MLP.
-    assert beside == {1.0: [0, 0], 0.5: [2 * tokens * width * private for width in (96, 256)]}
+    attention, mlp = (2 * tokens * width * private for width in (96, 256))
+    assert full == [0, 0]
+    assert half[0] >= attention and half[1] >= mlp
 
 
 def total_flops(text: str) -> float:

@@ -137,7 +137,7 @@ def test_stopped_sweep_goes_on(place):
         assert stopped.process.is_alive(), stopped.result()
     stopped.process.terminate()
     code, _, stderr = stopped.result()
-    assert (code, stderr) == (75, "stopped; the same command goes on\n")
+    assert (code, stderr) == (75, "stopped; the same command resumes\n")
     assert all(0 < runs.last_step(folder) < 3000 for folder in folders)
     assert Sweep(place, *flags, "--workdir=stopped").result()[0] == 0
     for folder in folders:
