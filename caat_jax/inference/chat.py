@@ -62,13 +62,8 @@ def _other_tokens(folder: Path) -> dict[str, Any]:
 
 
 def _rendered(template: str, **values: Any) -> str:
-    try:
-        import jinja2
-        import jinja2.sandbox
-    except ModuleNotFoundError:
-        raise InputError(
-            "--chat needs jinja2, which is not installed: pip install jinja2"
-        ) from None
+    import jinja2
+    import jinja2.sandbox
 
     def refuse(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
