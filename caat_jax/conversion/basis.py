@@ -22,23 +22,31 @@ SMALLEST = 1e-9  # eigenvalue, over the largest: float32 sums have no smaller on
 
 
 def fold_norms(parameters: dict[str, Any]) -> None:
-    """Multiplies every γ into what reads its output; the γ are 1 then, and the head is untied."""
-    head = parameters.pop("head", None)
-    head = parameters["embedding"].T if head is None else head
-    parameters["head"] = parameters["final_norm"][:, None] * head
-    parameters["final_norm"] = np.ones_like(parameters["final_norm"])
+    """Multiplies the sublayers' γ into what reads their outputs; they are 1 then."""
     for kind, names in INPUTS.items():
         weights = parameters["layers"][kind]
         for name in names:
-            scale = weights["norm"].reshape(*weights["norm"].shape, *(1,) * (weights[name].ndim - 2))
-            weights[name] = scale * weights[name]
+            ones = (1,) * (weights[name].ndim - 2)
+            weights[name] = weights["norm"].reshape(*weights["norm"].shape, *ones) * weights[name]
         weights["norm"] = np.ones_like(weights["norm"])
+
+
+def fold_final_norm(parameters: dict[str, Any]) -> None:
+    """The same of the last norm, γ [D], and the head; a tied head becomes one of its own."""
+    parameters["head"] = head_columns(parameters)
+    parameters["final_norm"] = np.ones_like(parameters["final_norm"])
+
+
+def head_columns(parameters: dict[str, Any]) -> np.ndarray:
+    """γ ⊙ W of the head, tied or not: [D, V]."""
+    head = parameters["head"] if "head" in parameters else parameters["embedding"].T
+    return parameters["final_norm"][:, None] * head
 
 
 def turn(parameters: dict[str, Any], basis_DD: np.ndarray) -> None:
     """Makes coordinate c of the stream its component along column c of an orthogonal matrix.
 
-    The norms must be folded.
+    All norms must be folded.
     """
     basis = basis_DD.astype(np.float32)
     parameters["embedding"] = parameters["embedding"] @ basis
@@ -69,9 +77,9 @@ def reorder(parameters: dict[str, Any], order_D: np.ndarray) -> None:
 class Importance:
     """What is lost of a direction of the stream that is private, and what that costs.
 
-    Measured on the dense model.  `loss` [D, D] is the covariance, over sublayers and shards, of what
-    the other shards add and a linear function of the shard's own activations cannot tell; `reading`
-    [D, D] is how much the sublayers' input projections, and the head, read of each direction.
+    Measured on the dense model.  `loss` [D, D] is the covariance, summed over sublayers and shards,
+    of what the other shards add and a linear function of the shard's own activations cannot tell;
+    `reading` [D, D] is how much input projections and the head read of each direction.
     """
 
     def __init__(self, width: int):

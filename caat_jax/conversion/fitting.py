@@ -14,18 +14,20 @@ the weights that there were: where the text says little, they stay.
 Axis letters: as in `sublayers.py`.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 from jax.sharding import Mesh
 
 from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Config
 from caat_jax.conversion import ridge
-from caat_jax.conversion.basis import Importance
+from caat_jax.conversion.basis import Importance, head_columns
 from caat_jax.conversion.sublayers import INPUTS, OUTPUTS, InputMoments, OutputMoments, Sublayers
 from caat_jax.devices.dispatch import wait_if_simulated
 
@@ -33,7 +35,6 @@ from caat_jax.devices.dispatch import wait_if_simulated
 INPUT_RIDGE, PRIVATE_RIDGE, SHARED_RIDGE = 1e-3, 1e-3, 1e-2
 
 Weights = dict[str, np.ndarray]  # of one sublayer
-Sweep = Callable[[Sequence], Iterable]  # over the batches, showing how far it is
 
 
 class StreamError(NamedTuple):
@@ -74,59 +75,56 @@ class Fitter:
         self._streams = [np.stack([x] * arch.tp_shards) for x in self._dense]  # [S, B, T, D]
         self._is_dense = True  # no shard's stream differs from the dense model's yet
 
-    def fit(
-        self, layer: int, kind: str, weights: Weights, sweep: Sweep
-    ) -> tuple[Weights, StreamError]:
+    def fit(self, layer: int, kind: str, weights: Weights) -> tuple[Weights, StreamError]:
         """Fits the next sublayer, `kind` of `layer`, and takes all streams through it.
 
         `weights` are the dense model's; γ must be 1.
         """
         fitted = dict(weights)
         if not self._is_dense:
-            moments = self._input_moments(kind, sweep)
+            moments = self._input_moments(kind)
             fitted |= read_by_estimate(kind, weights, moments)
         width = self._width(layer, kind)
         self._is_dense &= width == self._arch.embed_dim
-        moments, after, activations = self._output_moments(kind, weights, fitted, width, sweep)
+        moments, after, activations = self._output_moments(kind, weights, fitted, width)
         if not self._is_dense:
             rows = weights[OUTPUTS[kind]]
             fitted[OUTPUTS[kind]] = fitted_rows(rows, moments, self._arch.tp_shards, width)
-        error = self._advance(kind, weights, fitted, width, after, activations, sweep)
-        return fitted, error
+        return fitted, self._advance(kind, weights, fitted, width, after, activations)
 
-    def replay(self, layer: int, kind: str, weights: Weights, fitted: Weights) -> None:
+    def replay(self, layer: int, kind: str, weights: Weights, fitted: Weights) -> StreamError:
         """Takes all streams through a sublayer that was fitted before."""
         width = self._width(layer, kind)
         self._is_dense &= width == self._arch.embed_dim
-        _, after, activations = self._output_moments(kind, weights, fitted, width, iter)
-        self._advance(kind, weights, fitted, width, after, activations, iter)
+        _, after, activations = self._output_moments(kind, weights, fitted, width)
+        return self._advance(kind, weights, fitted, width, after, activations)
 
-    def fit_head(self, head_DV: np.ndarray, sweep: Sweep) -> np.ndarray:
+    def fit_head(self, head_DV: np.ndarray) -> np.ndarray:
         """The head that reads the shards' last streams; the dense model's has its norm folded."""
         if self._is_dense:
             return head_DV
-        moments = self._input_moments("mlp", sweep)
+        moments = self._input_moments("mlp")
         return by_estimate(head_DV, moments)
 
     def _width(self, layer: int, kind: str) -> int:
         return self._arch.sync_widths[layer][list(INPUTS).index(kind)]
 
-    def _input_moments(self, kind: str, sweep: Sweep) -> InputMoments:
+    def _input_moments(self, kind: str) -> InputMoments:
         programs = self._sublayers[kind]
         moments = programs.no_input_moments()
-        for x, streams in sweep(list(zip(self._dense, self._streams, strict=True))):
+        for x, streams in zip(self._dense, self._streams, strict=True):
             moments = programs.input_moments(moments, x, streams)
             wait_if_simulated(moments)
         return jax.tree.map(np.asarray, moments)
 
     def _output_moments(
-        self, kind: str, weights: Weights, fitted: Weights, width: int, sweep: Sweep
+        self, kind: str, weights: Weights, fitted: Weights, width: int
     ) -> tuple[OutputMoments, list[np.ndarray], list[np.ndarray]]:
         programs = self._sublayers[kind]
         weights, fitted = programs.on_mesh(weights), programs.on_mesh(fitted)
         is_shared = np.arange(self._arch.embed_dim) < width
         moments, after, activations = programs.no_output_moments(), [], []
-        for x, streams in sweep(list(zip(self._dense, self._streams, strict=True))):
+        for x, streams in zip(self._dense, self._streams, strict=True):
             moments, *results = programs.output_moments(
                 moments, weights, fitted, is_shared, x, streams
             )
@@ -143,12 +141,11 @@ class Fitter:
         width: int,
         after: list[np.ndarray],
         activations: list[np.ndarray],
-        sweep: Sweep,
     ) -> StreamError:
         programs = self._sublayers[kind]
         weights, fitted = programs.on_mesh(weights), programs.on_mesh(fitted)
         total = np.zeros(3)
-        for number in sweep(range(len(after))):
+        for number in range(len(after)):
             streams, squares = programs.add(width)(
                 self._streams[number], fitted, weights, activations[number], after[number]
             )
@@ -161,24 +158,29 @@ class Fitter:
 
 
 def importance(
-    config: Config, mesh: Mesh, parameters: dict[str, Any], batches: list[np.ndarray], sweep: Sweep
+    config: Config, mesh: Mesh, parameters: dict[str, Any], batches: list[np.ndarray]
 ) -> Importance:
-    """Of the directions of the dense model's stream, whose norms are folded."""
+    """Of the directions of the dense model's stream; the sublayers' norms are folded."""
     measured = Importance(config.model.embed_dim)
-    measured.add_read(parameters["head"])
+    measured.add_read(head_columns(parameters))
     sublayers = {kind: Sublayers(config, mesh, kind) for kind in INPUTS}
     dense = [parameters["embedding"][batch] for batch in batches]
-    for layer in range(config.model.layers):
-        for kind, programs in sublayers.items():
-            weights = layer_weights(parameters, layer, kind)
-            inputs = [weights[name].reshape(len(weights[name]), -1) for name in INPUTS[kind]]
-            measured.add_read(np.concatenate(inputs, axis=1))
-            weights, moments = programs.on_mesh(weights), programs.no_dense_moments()
-            for number in sweep(range(len(dense))):
-                moments, after = programs.dense_moments(moments, weights, dense[number])
-                dense[number] = np.asarray(after)
-            measured.add_written(jax.tree.map(np.asarray, moments))
+    for layer, kind in bar(config.model, "measuring the dense stream"):
+        programs, weights = sublayers[kind], layer_weights(parameters, layer, kind)
+        inputs = [weights[name].reshape(len(weights[name]), -1) for name in INPUTS[kind]]
+        measured.add_read(np.concatenate(inputs, axis=1))
+        weights, moments = programs.on_mesh(weights), programs.no_dense_moments()
+        for number, x in enumerate(dense):
+            moments, after = programs.dense_moments(moments, weights, x)
+            dense[number] = np.asarray(after)
+        measured.add_written(jax.tree.map(np.asarray, moments))
     return measured
+
+
+def bar(arch: Architecture, what: str) -> Iterable[tuple[int, str]]:
+    """Every sublayer in order, (layer, kind), with a progress bar on a terminal."""
+    sublayers = list(itertools.product(range(arch.layers), INPUTS))
+    return tqdm.tqdm(sublayers, what, unit="sublayer", dynamic_ncols=True, disable=None)
 
 
 def layer_weights(parameters: dict[str, Any], layer: int, kind: str) -> Weights:

@@ -3,9 +3,7 @@
 import numpy as np
 
 
-def solve(
-    gram: np.ndarray, cross: np.ndarray, prior: np.ndarray, strength: float
-) -> np.ndarray:
+def solve(gram: np.ndarray, cross: np.ndarray, prior: np.ndarray, strength: float) -> np.ndarray:
     """The W that minimises Σ|a·W − y|² + strength · mean(diag gram) · |W − prior|².
 
     Where the data say nothing, W is the prior.

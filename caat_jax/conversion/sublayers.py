@@ -12,6 +12,7 @@ Axis letters: S shards, L of them on this device, B batch, T sequence, D residua
 one shard's part of an output projection.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +27,10 @@ from jax.sharding import PartitionSpec as P
 
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding
-from caat_jax.model import layers, partial_sync
-from caat_jax.model.partial_sync import Stream, Wire
+from caat_jax.model import layers
+from caat_jax.model.norm_product import norm_and_project
+from caat_jax.model.partial_sync import Stream, project_and_add
+from caat_jax.model.reductions import Wire
 from caat_jax.model.transformer import Blueprint, Layer
 
 # Of each kind's weights, those that read the stream, and the one that writes to it.
@@ -73,7 +76,9 @@ class Sublayers:
     def __init__(self, config: Config, mesh: Mesh, kind: str):
         """`kind` is "attention" or "mlp"; `mesh.fsdp` must be 1."""
         self._arch, self._mesh, self._kind = config.model, mesh, kind
-        blueprint = Blueprint(config.model, config.compute, sharding.platform(mesh))
+        # Moments are sums over all tokens: no shorter type.
+        compute = dataclasses.replace(config.compute, dtype="float32", attention="auto")
+        blueprint = Blueprint(config.model, compute, sharding.platform(mesh))
         layer = nnx.eval_shape(lambda: Layer(config.model, blueprint.attend, nnx.Rngs(0)))
         self._graph, self._state = nnx.split(getattr(layer, kind))
         stacked = blueprint.specs["layers"][kind]
@@ -203,10 +208,10 @@ class Sublayers:
 
         def streams(weights: dict[str, jax.Array]) -> jax.Array:
             stream = _stream(x_LBTD)
-            factors = self._module(weights).factors(
+            matrices = self._module(weights).sublayer_weights(
                 stream.grouping, sync_width, jnp.dtype("float32")
             )
-            added = partial_sync.project_and_add(stream, a_LBTk, factors, _WIRE)
+            added = project_and_add(stream, a_LBTk, matrices, _WIRE)
             return added.common[None] if len(x_LBTD) == 1 else added.private
 
         new_LBTD = streams(fitted)
@@ -234,14 +239,13 @@ class Sublayers:
     def _activations(self, weights: dict[str, jax.Array], stream: Stream) -> jax.Array:
         """[G, B, T, n]: what the output projection multiplies."""
         module, arch = self._module(weights), self._arch
-        factors = module.factors(stream.grouping, arch.embed_dim, jnp.dtype("float32"))
+        matrices = module.sublayer_weights(stream.grouping, arch.embed_dim, jnp.dtype("float32"))
         if self._kind == "mlp":
-            projected = partial_sync.norm_and_project(
-                stream, factors.inputs, epsilon=arch.norm_epsilon
+            return layers.swiglu(
+                norm_and_project(stream, matrices.inputs, epsilon=arch.norm_epsilon)
             )
-            return layers.swiglu(projected)
         rotation = layers.rotary_angles(jnp.arange(stream.common.shape[1]), arch)
-        attended = module.attend(*layers.query_key_value(stream, factors, rotation, arch))
+        attended = module.attend(*layers.query_key_value(stream, matrices, rotation, arch))
         return attended.reshape(*attended.shape[:-2], -1)
 
     def _outputs(self, weights: dict[str, jax.Array], a_LBTk: jax.Array) -> jax.Array:
