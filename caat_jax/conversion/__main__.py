@@ -80,7 +80,7 @@ def main() -> None:
     print(report.memory(target.model, texts, mesh.model, model.parameters), flush=True)
     progress = Progress(output, _settings(workdir, step, target))
     parameters = jax.tree.map(np.array, model.parameters)  # copies: these are changed
-    converted = converting.convert(parameters, dense, target, texts, progress)
+    converted = converting.convert(parameters, dense, target, model.mesh, texts, progress)
     _write(output, workdir, target, converted, texts)
     progress.remove()
     print(report.table(converted))
@@ -133,13 +133,13 @@ def _texts(target: Config) -> Texts:
     data = target.data
     if _FILES.value is not None:
         data = dataclasses.replace(data, files=_FILES.value, tfds_name="")
-    parts = target.mesh.data
     return open_texts(
         data,
         tokenizer_of(target),
         calibration_tokens=_CALIBRATION_TOKENS.value,
         held_out_tokens=_HELD_OUT_TOKENS.value,
-        batch=parts * max(1, _BATCH_TOKENS // (parts * data.sequence_length)),
+        batch_tokens=_BATCH_TOKENS,
+        parts=target.mesh.data,
     )
 
 

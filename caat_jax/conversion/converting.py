@@ -40,19 +40,23 @@ class Converted(NamedTuple):
 
 
 def convert(
-    parameters: Parameters, dense: Config, target: Config, texts: Texts, progress: Progress
+    parameters: Parameters,
+    dense: Config,
+    target: Config,
+    mesh: Mesh,
+    texts: Texts,
+    progress: Progress,
 ) -> Converted:
     """Fits the target's weights and measures losses.
 
     Args:
       parameters: the dense model's; changed in place.
       dense: p = 1, with the target's S.
-      target: with a mesh that is worked out, whole over `fsdp`; its head is untied where the stream
-        is to be turned.
+      target: what it becomes; its head is untied where the stream is to be turned.
+      mesh: to compute on, whole over `fsdp`.
       texts: to calibrate on, and to measure the losses on.
       progress: of this conversion.
     """
-    mesh = sharding.create_mesh(target.mesh)
     cut = dataclasses.replace(
         target, model=dataclasses.replace(target.model, tied_head=dense.model.tied_head)
     )

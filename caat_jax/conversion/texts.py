@@ -44,7 +44,8 @@ def open_texts(
     *,
     calibration_tokens: int,
     held_out_tokens: int,
-    batch: int,
+    batch_tokens: int,
+    parts: int,
 ) -> Texts:
     """Reads as many tokens as there are, up to those asked for.
 
@@ -53,21 +54,23 @@ def open_texts(
       tokenizer: the model's.
       calibration_tokens: in whole batches.
       held_out_tokens: in whole sequences.
-      batch: B, sequences at a time.
+      batch_tokens: about so many at a time.
+      parts: the mesh splits a batch into these.
 
     Raises:
-      InputError: there is no corpus, or not one batch in it.
+      InputError: there is no corpus, or fewer sequences in it than parts.
     """
     cache = open_cache(data, tokenizer)
     length = data.sequence_length
     wanted = min(calibration_tokens // length, len(cache.train))
-    sequences = _Some(cache.train, wanted - wanted % batch)
-    if not len(sequences):
+    batch = parts * min(max(1, batch_tokens // (parts * length)), wanted // parts)
+    if not batch:
         raise InputError(
             f"the text to calibrate on makes {wanted} sequences of data.sequence_length={length},"
-            f" fewer than the {batch} that are computed at a time; give more text or a larger"
+            f" and the mesh splits a batch into {parts} parts; give more text or a larger"
             " --calibration_tokens"
         )
+    sequences = _Some(cache.train, wanted - wanted % batch)
     rows = [sequences[number][:-1] for number in range(len(sequences))]
     batches = [np.stack(rows[start : start + batch]) for start in range(0, len(rows), batch)]
     held_out = _Some(cache.validation, max(1, held_out_tokens // length))

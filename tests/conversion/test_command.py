@@ -1,0 +1,109 @@
+"""The command: a dense run becomes a CAAT-Net's workdir, resumed where it stopped, or one line."""
+
+import csv
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from caat_jax.checkpoints import checkpoints
+from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.sections import MeshConfig
+from caat_jax.conversion.progress import Progress
+from caat_jax.devices import sharding
+from caat_jax.training.step import Programs
+from tests import models
+from tests.command_line import assert_refused, run_here
+
+COMMAND = "caat_jax/conversion/__main__.py"
+TEXTS = [f"text number {n} of those that {'a shard ' * (n % 5)} reads" for n in range(24)]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    fields = {"model.sync_factor": 1.0, "model.tied_head": True, "train.steps": 4}
+    return models.small_run(tmp_path_factory.mktemp("dense"), TEXTS, fields)
+
+
+@pytest.fixture(scope="module")
+def converted(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    command = [COMMAND, f"--workdir={dense}", "--output=half", "--sync_factor=0.5"]
+    code, printed, errors = run_here([*command, "--tp_shards=4"], folder)
+    assert code == 0, errors
+    return folder / "half", printed
+
+
+def parameters(workdir):
+    step, config = checkpoints.newest_config(workdir)
+    mesh = sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1])
+    programs = Programs(config, mesh)
+    with Checkpoints(workdir) as saved:
+        return config, programs, saved.restore_parameters(step, programs.state_shapes.parameters)
+
+
+def test_output_is_an_ordinary_workdir_with_a_report(dense, converted):
+    workdir, printed = converted
+    config, programs, values = parameters(workdir)
+    assert config.model.sync_factors == ((0.5, 0.5),) * 2
+    assert (config.model.tp_shards, config.model.tied_head) == (4, False)
+    rows = list(csv.DictReader((workdir / "conversion.csv").open()))
+    assert [(row["layer"], row["sublayer"]) for row in rows] == [
+        ("0", "attention"), ("0", "mlp"), ("1", "attention"), ("1", "mlp")
+    ]  # fmt: skip
+    report = json.loads((workdir / "conversion.json").read_text())
+    assert f"{report['dense_loss']:.4f}" in printed and f"{report['loss']:.4f}" in printed
+    # Any program of these factors: nothing of a converted model is its own.
+    batch = np.zeros((8, config.data.sequence_length + 1), np.int32)
+    fresh = Programs(config, programs.mesh)
+    state = fresh.initial_state()
+    texts = [
+        p.eval_step.lower(v, batch).as_text() for p, v in ((programs, values), (fresh, state[1]))
+    ]
+    assert texts[0] == texts[1]
+    assert not list(workdir.parent.glob(".*unfinished"))
+
+
+def test_interrupted_conversion_resumes_to_the_same_weights(
+    dense, converted, tmp_path, monkeypatch
+):
+    """The folder of a conversion that has done the first layer only."""
+    command = [COMMAND, f"--workdir={dense}", "--output=half", "--sync_factor=0.5", "--tp_shards=4"]
+    saved = []
+    monkeypatch.setattr(Progress, "remove", lambda self: saved.append(self._folder))
+    code, _, errors = run_here(command, tmp_path)
+    assert code == 0, errors
+    for path in saved[0].glob("layer_1_*"):
+        path.unlink()
+    shutil.rmtree(tmp_path / "half")
+    code, _, errors = run_here(command, tmp_path)
+    assert code == 0, errors
+    expected, resumed = (parameters(folder)[2] for folder in (converted[0], tmp_path / "half"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), resumed, expected)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--sync_factor=1.5"], ["sync_factor", "1.5", "[0, 1]"]),
+        ([], ["--sync_factor", "--sync_factor_per_layer"]),
+        (["--sync_factor_per_layer=(1, 0.5, 0.5)"], ["3 entries", "2"]),
+        (["--sync_factor_per_layer=half"], ["--sync_factor_per_layer=half", "tuple"]),
+        (["--sync_factor=0.5", "--tp_shards=3"], ["heads", "tp_shards=3"]),
+        (["--sync_factor=0.5", "--files=none/*.txt"], ["none/*.txt", "no file"]),
+        (["--sync_factor=0.5", "--calibration_tokens=20"], ["0 sequences", "=64"]),
+        (["--sync_factor=0.5", "--basis=other"], ["--basis", "rotation"]),
+        (["--sync_factor=0.5", "--calibration_tokens=0"], ["calibration_tokens"]),
+    ],
+)
+def test_bad_input(dense, tmp_path, flags, said):
+    result = run_here([COMMAND, f"--workdir={dense}", "--output=new", *flags], tmp_path)
+    assert_refused(result, *said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_dense_model_is_taken(converted, tmp_path):
+    command = [COMMAND, f"--workdir={converted[0]}", "--output=new", "--sync_factor=0.25"]
+    assert_refused(run_here(command, tmp_path), "p=0.5", "dense")
