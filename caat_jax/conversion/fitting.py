@@ -197,14 +197,16 @@ def by_estimate(weight: np.ndarray, moments: InputMoments) -> np.ndarray:
     """A_j @ W for the columns of each shard j, h_j @ A_j being its estimate of h.
 
     Args:
-      weight: [D, ...], the columns of shard after shard.
+      weight: [D, ...], the columns of shard after shard, or of heads that shards share.
       moments: of the streams that are read.
     """
-    identity = np.eye(len(weight))
-    by_shard = weight.reshape(len(weight), len(moments.own), -1)
+    width, shards = len(weight), len(moments.own)
+    parts = min(shards, weight.shape[1])  # shards with one key/value head have one A
+    by_part = weight.reshape(width, parts, -1)
+    own, dense = (m.reshape(parts, -1, width, width).sum(axis=1) for m in moments)
     fitted = [
-        ridge.solve(own, dense, identity, INPUT_RIDGE) @ by_shard[:, shard]
-        for shard, (own, dense) in enumerate(zip(*moments, strict=True))
+        ridge.solve(own[part], dense[part], np.eye(width), INPUT_RIDGE) @ by_part[:, part]
+        for part in range(parts)
     ]
     return np.stack(fitted, axis=1).astype(np.float32).reshape(weight.shape)
 

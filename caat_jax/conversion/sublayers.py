@@ -211,8 +211,7 @@ class Sublayers:
             matrices = self._module(weights).sublayer_weights(
                 stream.grouping, sync_width, jnp.dtype("float32")
             )
-            added = project_and_add(stream, a_LBTk, matrices, _WIRE)
-            return added.common[None] if len(x_LBTD) == 1 else added.private
+            return project_and_add(stream, a_LBTk, matrices, _WIRE).private
 
         new_LBTD = streams(fitted)
         scale_BT1 = jnp.sqrt(self._token_weights(after_BTD))
@@ -269,9 +268,7 @@ class Sublayers:
 
 
 def _stream(x_LBTD: jax.Array) -> Stream:
-    """This device's streams with nothing in common, as far as the device knows."""
-    if len(x_LBTD) == 1:
-        return Stream(x_LBTD[0], x_LBTD[..., :0])
+    """This device's streams, every channel private."""
     return Stream(x_LBTD[0, ..., :0], x_LBTD)
 
 

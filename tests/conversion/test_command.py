@@ -10,10 +10,13 @@ import pytest
 
 from caat_jax.checkpoints import checkpoints
 from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.resolve import resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.conversion.progress import Progress
+from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.training.step import Programs
+from configs import base
 from tests import models
 from tests.command_line import assert_refused, run_here
 
@@ -23,8 +26,20 @@ TEXTS = [f"text number {n} of those that {'a shard ' * (n % 5)} reads" for n in 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    fields = {"model.sync_factor": 1.0, "model.tied_head": True, "train.steps": 4}
-    return models.small_run(tmp_path_factory.mktemp("dense"), TEXTS, fields)
+    """The workdir of a model that has not been trained, its head tied."""
+    folder = tmp_path_factory.mktemp("dense")
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02}.txt").write_text(text)
+    fields = base.get_config()
+    fields.model.update(models.SMALL | dict(tied_head=True, vocab_size=264))
+    fields.data.update(
+        files=f"{folder}/*.txt", cache_dir=f"{folder}/cache", holdout_every=2, sequence_length=64
+    )
+    config = resolve(fields)
+    programs = Programs(config, sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1]))
+    with Checkpoints(folder / "run") as saved:
+        saved.save(programs.initial_state(), 0, config, NOTHING_READ)
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +59,7 @@ def parameters(workdir):
         return config, programs, saved.restore_parameters(step, programs.state_shapes.parameters)
 
 
+@pytest.mark.slow
 def test_output_is_an_ordinary_workdir_with_a_report(dense, converted):
     workdir, printed = converted
     config, programs, values = parameters(workdir)
@@ -66,6 +82,7 @@ def test_output_is_an_ordinary_workdir_with_a_report(dense, converted):
     assert not list(workdir.parent.glob(".*unfinished"))
 
 
+@pytest.mark.slow
 def test_interrupted_conversion_resumes_to_the_same_weights(
     dense, converted, tmp_path, monkeypatch
 ):
@@ -104,6 +121,7 @@ def test_bad_input(dense, tmp_path, flags, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_only_a_dense_model_is_taken(converted, tmp_path):
     command = [COMMAND, f"--workdir={converted[0]}", "--output=new", "--sync_factor=0.25"]
     assert_refused(run_here(command, tmp_path), "p=0.5", "dense")

@@ -69,9 +69,10 @@ def fitted_by_loops(parameters, tokens, config):
         output = {"attention": "output", "mlp": "down"}[kind]
         if private_yet:
             for stream, weights in zip(streams, shards, strict=True):
+                estimate = estimator(stream)
                 for name in set(weights) - {"norm", output}:
                     flat = weights[name].reshape(D, -1)
-                    weights[name] = (estimator(stream) @ flat).reshape(weights[name].shape)
+                    weights[name] = (estimate @ flat).reshape(weights[name].shape)
         rows = [weights[output].reshape(-1, D) for weights in dense]
         after = x + sum(
             before_output(kind, normalised(x), weights, rope) @ own
@@ -160,3 +161,20 @@ def test_nothing_changes_at_p_1(dense):
     converted = converting.convert(parameters, dense, dense, mesh, texts, progress=None)
     jax.tree.map(np.testing.assert_array_equal, converted.parameters, before)
     assert converted.loss == converted.dense_loss == converted.cut_loss
+
+
+def test_shards_that_share_a_head_have_one_estimate():
+    """Two key heads on four shards: one regression over the tokens of both shards of a head."""
+    random = np.random.default_rng(0)
+    h = random.standard_normal((50, 6))
+    streams = h + 0.3 * random.standard_normal((4, 50, 6))
+    moments = fitting.InputMoments(
+        np.stack([stream.T @ stream for stream in streams]),
+        np.stack([stream.T @ h for stream in streams]),
+    )
+    weight = random.standard_normal((6, 2, 3))
+    fitted = fitting.by_estimate(weight, moments)
+    for head in range(2):
+        pair = np.concatenate(streams[2 * head : 2 * head + 2])
+        estimate = least_squares(pair, np.concatenate([h, h]), np.eye(6), INPUT_RIDGE)
+        np.testing.assert_allclose(fitted[:, head], estimate @ weight[:, head], atol=1e-6)
