@@ -46,6 +46,8 @@ def convert(
     mesh: Mesh,
     texts: Texts,
     progress: Progress,
+    *,
+    new_basis: str,
 ) -> Converted:
     """Fits the target's weights and measures losses.
 
@@ -56,6 +58,7 @@ def convert(
       mesh: to compute on, whole over `fsdp`.
       texts: to calibrate on, and to measure the losses on.
       progress: of this conversion.
+      new_basis: one of `BASES`.
     """
     cut = dataclasses.replace(
         target, model=dataclasses.replace(target.model, tied_head=dense.model.tied_head)
@@ -65,8 +68,8 @@ def convert(
     errors = {}
     if not is_dense(target.model):
         basis.fold_norms(parameters)
-        _change_basis(parameters, dense, target, mesh, texts, progress)
-        errors = _fit(parameters, dense, target, mesh, texts, progress)
+        change_basis(parameters, dense, mesh, texts, progress, new_basis)
+        errors = fit(parameters, dense, target, mesh, texts, progress)
     converted_loss, _ = loss(target, mesh, parameters, texts.held_out)
     return Converted(parameters, errors, dense_loss, cut_loss, converted_loss, tokens)
 
@@ -81,28 +84,31 @@ def loss(
     return total / count, count
 
 
-def _change_basis(
+def change_basis(
     parameters: Parameters,
     dense: Config,
-    target: Config,
     mesh: Mesh,
     texts: Texts,
     progress: Progress,
+    new_basis: str,
 ) -> None:
-    turned = not target.model.tied_head
+    """Writes the same function in the basis of `BASES` that is asked for, in place.
+
+    The sublayers' norms must be folded.
+    """
     saved = progress.load("basis")
     if saved is None:
         measured = fitting.importance(dense, mesh, parameters, texts.calibration)
-        saved = {"basis": measured.directions() if turned else measured.order()}
+        rotation = new_basis == ROTATION
+        saved = {"basis": measured.directions() if rotation else measured.order()}
         progress.save("basis", saved)
-    if turned:
+    if new_basis == ROTATION or "head" in parameters:
         basis.fold_final_norm(parameters)
-        basis.turn(parameters, saved["basis"])
-    else:
-        basis.reorder(parameters, saved["basis"])
+    change = basis.turn if new_basis == ROTATION else basis.reorder
+    change(parameters, saved["basis"])
 
 
-def _fit(
+def fit(
     parameters: Parameters,
     dense: Config,
     target: Config,
@@ -124,6 +130,6 @@ def _fit(
             errors[layer, kind] = fitter.replay(layer, kind, weights, fitted)
         for name, value in fitted.items():
             parameters["layers"][kind][name][layer] = value
-    if not target.model.tied_head:
+    if "head" in parameters:
         parameters["head"] = fitter.fit_head(parameters["head"])
     return errors

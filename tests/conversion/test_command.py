@@ -14,6 +14,8 @@ from caat_jax.config.resolve import resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.conversion.progress import Progress
 from caat_jax.data.loader import NOTHING_READ
+from caat_jax.data.token_cache import open_cache
+from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import sharding
 from caat_jax.training.step import Programs
 from configs import base
@@ -36,6 +38,7 @@ def dense(tmp_path_factory):
         files=f"{folder}/*.txt", cache_dir=f"{folder}/cache", holdout_every=2, sequence_length=64
     )
     config = resolve(fields)
+    open_cache(config.data, load_tokenizer("bytes"))  # which says so, the first time
     programs = Programs(config, sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1]))
     with Checkpoints(folder / "run") as saved:
         saved.save(programs.initial_state(), 0, config, NOTHING_READ)

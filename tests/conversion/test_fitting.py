@@ -158,7 +158,9 @@ def test_nothing_changes_at_p_1(dense):
     before = reference.map_arrays(np.copy, parameters)
     texts = Texts([], TokenSequences(np.arange(33), 16, keep_partial=False, fingerprint=""))
     mesh = sharding.create_mesh(dense.mesh, jax.devices()[:1])
-    converted = converting.convert(parameters, dense, dense, mesh, texts, progress=None)
+    converted = converting.convert(
+        parameters, dense, dense, mesh, texts, progress=None, new_basis="rotation"
+    )
     jax.tree.map(np.testing.assert_array_equal, converted.parameters, before)
     assert converted.loss == converted.dense_loss == converted.cut_loss
 
