@@ -128,7 +128,7 @@ def folded(dense):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return np.random.default_rng(1).integers(0, 64, size=(24, 16)).astype(np.int32)
+    return np.random.default_rng(1).integers(0, 64, size=(12, 16)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
