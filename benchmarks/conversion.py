@@ -110,6 +110,7 @@ def measure(workdir: Path, results: Path) -> None:
         held_out_tokens=_HELD_OUT_TOKENS.value,
         batch_tokens=4096,
         parts=config.mesh.data,
+        prepare=True,
     )
     rows = read(results)
     bases = {}

@@ -33,6 +33,7 @@ from caat_jax.conversion import converting, report
 from caat_jax.conversion.converting import Converted
 from caat_jax.conversion.progress import Progress
 from caat_jax.conversion.texts import Texts, open_texts
+from caat_jax.data import carried_tokenizer, token_cache
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
@@ -49,6 +50,7 @@ _PER_LAYER = flags.DEFINE_string(
 )
 _TP_SHARDS = flags.DEFINE_integer("tp_shards", None, "S; default: the workdir's.")
 _FILES = flags.DEFINE_string("files", None, "Text, as data.files; default: the workdir's own.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, token_cache.CACHE_DIR_HELP)
 _CALIBRATION_TOKENS = flags.DEFINE_integer("calibration_tokens", 100_000, "To fit on.", 1)
 _HELD_OUT_TOKENS = flags.DEFINE_integer("held_out_tokens", 20_000, "To measure the loss on.", 1)
 _BASIS = flags.DEFINE_enum(
@@ -75,13 +77,15 @@ def main() -> None:
     command_line.simulate_devices(target.mesh)
     mesh = resolve_mesh(target, len(jax.devices()))
     dense, target = (dataclasses.replace(config, mesh=mesh) for config in (dense, target))
-    texts = _texts(target)
+    texts = _texts(target, workdir)
     model = restore_model(workdir, step, dense)
     print(report.memory(target.model, texts, mesh.model, model.parameters), flush=True)
     progress = Progress(output, _settings(workdir, step, target))
     parameters = jax.tree.map(np.array, model.parameters)  # copies: these are changed
-    converted = converting.convert(parameters, dense, target, model.mesh, texts, progress)
-    _write(output, workdir, target, converted, texts)
+    converted = converting.convert(
+        parameters, dense, target, model.mesh, texts, progress, new_basis=_BASIS.value
+    )
+    _write(output, workdir, dataclasses.replace(target, compute=stored.compute), converted, texts)
     progress.remove()
     print(report.table(converted))
     print(
@@ -103,6 +107,15 @@ def _configurations(stored: Config) -> tuple[Config, Config]:
     )
     fields.mesh.update(dict(data=-1, fsdp=1, model=-1))
     fields.train.sync_schedule = ()
+    # Sums over all tokens, and small differences: no shorter type.
+    fields.compute.update(
+        dict(
+            dtype="float32",
+            forward_wire_dtype="float32",
+            backward_wire_dtype="float32",
+            attention="auto",
+        )
+    )
     dense = resolve(fields)
     if (_SYNC_FACTOR.value is None) == (_PER_LAYER.value is None):
         raise InputError("give one of --sync_factor, such as 0.5, and --sync_factor_per_layer")
@@ -129,17 +142,18 @@ def _literal(text: str) -> tuple:
     return tuple(value)
 
 
-def _texts(target: Config) -> Texts:
-    data = target.data
+def _texts(target: Config, workdir: Path) -> Texts:
+    data, prepare = token_cache.stored_data(target.data, _CACHE_DIR.value)
     if _FILES.value is not None:
         data = dataclasses.replace(data, files=_FILES.value, tfds_name="")
     return open_texts(
         data,
-        tokenizer_of(target),
+        tokenizer_of(target, workdir),
         calibration_tokens=_CALIBRATION_TOKENS.value,
         held_out_tokens=_HELD_OUT_TOKENS.value,
         batch_tokens=_BATCH_TOKENS,
         parts=target.mesh.data,
+        prepare=prepare,
     )
 
 
@@ -156,17 +170,13 @@ def _settings(workdir: Path, step: int, target: Config) -> dict[str, object]:
 
 
 def _write(output: Path, workdir: Path, target: Config, converted: Converted, texts: Texts) -> None:
-    carried = workdir / folders.CARRIED_FOLDER
-    tokenizer = Path(target.data.tokenizer)
-    if tokenizer.parent == carried.absolute():  # it stays with the model
-        moved = str(output.absolute() / folders.CARRIED_FOLDER / tokenizer.name)
-        target = dataclasses.replace(target, data=dataclasses.replace(target.data, tokenizer=moved))
     programs = Programs(target, sharding.create_mesh(target.mesh))
     shardings = sharding.named_shardings(programs.mesh, programs.blueprint.specs)
     state = programs.fresh_state(jax.device_put(converted.parameters, shardings))
     with folders.complete_folder(output) as folder:
-        if carried.is_dir():
-            shutil.copytree(carried, folder / folders.CARRIED_FOLDER)
+        for carried in (carried_tokenizer.FOLDER, carried_tokenizer.IMPORTED_FOLDER):
+            if (workdir / carried).is_dir():
+                shutil.copytree(workdir / carried, folder / carried)
         with Checkpoints(folder) as saved:
             saved.save(state, 0, target, NOTHING_READ)
         files.write(folder / "conversion.csv", report.to_csv(converted))

@@ -12,7 +12,6 @@ Axis letters: S shards, L of them on this device, B batch, T sequence, D residua
 one shard's part of an output projection.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,11 +73,9 @@ class Sublayers:
     """
 
     def __init__(self, config: Config, mesh: Mesh, kind: str):
-        """`kind` is "attention" or "mlp"; `mesh.fsdp` must be 1."""
+        """`kind` is "attention" or "mlp"; all is float32, and `mesh` whole over `fsdp`."""
         self._arch, self._mesh, self._kind = config.model, mesh, kind
-        # Moments are sums over all tokens: no shorter type.
-        compute = dataclasses.replace(config.compute, dtype="float32", attention="auto")
-        blueprint = Blueprint(config.model, compute, sharding.platform(mesh))
+        blueprint = Blueprint(config.model, config.compute, sharding.platform(mesh))
         layer = nnx.eval_shape(lambda: Layer(config.model, blueprint.attend, nnx.Rngs(0)))
         self._graph, self._state = nnx.split(getattr(layer, kind))
         stacked = blueprint.specs["layers"][kind]

@@ -46,6 +46,7 @@ def open_texts(
     held_out_tokens: int,
     batch_tokens: int,
     parts: int,
+    prepare: bool,
 ) -> Texts:
     """Reads as many tokens as there are, up to those asked for.
 
@@ -56,11 +57,12 @@ def open_texts(
       held_out_tokens: in whole sequences.
       batch_tokens: about so many at a time.
       parts: the mesh splits a batch into these.
+      prepare: as for `open_cache`.
 
     Raises:
       InputError: there is no corpus, or fewer sequences in it than parts.
     """
-    cache = open_cache(data, tokenizer)
+    cache = open_cache(data, tokenizer, prepare)
     length = data.sequence_length
     wanted = min(calibration_tokens // length, len(cache.train))
     batch = parts * min(max(1, batch_tokens // (parts * length)), wanted // parts)
