@@ -38,8 +38,8 @@ SMALL = {
 # No command of the tests takes nearly as long, on a busy machine either.
 LONGEST_SECONDS = 300
 
-_FORK_SERVER = multiprocessing.get_context("forkserver")
-_FORK_SERVER.set_forkserver_preload(
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(
     ["caat_jax.command_line", "caat_jax.training.loop", "caat_jax.step_time.report"]
 )
 
@@ -51,7 +51,7 @@ def start_forked(command, folder, outputs, environment=None, constants=None):
     values by the names of what they replace, such as "caat_jax.devices.processes.TIMEOUT_SECONDS".
     """
     arguments = (command, folder, outputs, environment or {}, constants or {})
-    process = _FORK_SERVER.Process(target=_run_script, args=arguments)
+    process = FORK_SERVER.Process(target=_run_script, args=arguments)
     process.start()
     return process
 

@@ -66,7 +66,15 @@ def saved(tmp_path_factory):
     return workdir, after
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 1, 8), (4, 1, 2), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (1, 1, 1),
+        (1, 8, 1),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in [(1, 1, 8), (4, 1, 2), (2, 2, 2)]),
+    ],
+    ids=str,
+)
 def test_next_step_on_another_mesh(saved, mesh):
     workdir, expected = saved
     programs = programs_on(mesh)

@@ -52,6 +52,16 @@ def paper_130m(dtype, *, layers=12, remat=False) -> Config:
     return resolve(config)
 
 
+def half_of_130m() -> Config:
+    """Half as wide, of two layers, with short sequences and a small vocabulary."""
+    config = llama_130m.get_config()
+    config.model.update(layers=2, embed_dim=384, heads=8, kv_heads=8, mlp_dim=1024, vocab_size=4096)
+    config.data.sequence_length = 256
+    config.compute.remat = True
+    config.train.update(dict(global_batch=8, accumulation_steps=2))
+    return resolve(config)
+
+
 @functools.cache
 def audited(config: Config, p: float, topology_name: str = "") -> Audit:
     devices = topology.devices(topology_name) if topology_name else jax.devices()
@@ -114,17 +124,8 @@ def test_130m_on_the_simulated_mesh(p):
     check_model_axis(audited(config, p), config, p, forward_bytes=4)
 
 
-@models.needs_libtpu
-def test_tiny_on_a_tpu_pod():
-    config = tiny_config(scan_layers=True)
-    check_layers_and_gather(audited(config, 0.5, "v5e:2x4"), config, 0.5, forward_bytes=4)
-
-
-@models.needs_libtpu
-@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("p", [1.0, 0.5])
-def test_130m_on_a_tpu_pod(p, remat):
-    config = paper_130m("bfloat16", layers=3, remat=remat)
+def check_on_a_tpu_pod(config: Config, p: float) -> None:
+    """In bfloat16; backward reductions are float32."""
     found = audited(config, p, "v5e:2x4")
     check_layers_and_gather(found, config, p, forward_bytes=2)
     sent_types = {
@@ -137,6 +138,28 @@ def test_130m_on_a_tpu_pod(p, remat):
 
 
 @models.needs_libtpu
+def test_small_model_on_a_tpu_pod():
+    """The programs of the 130M model take the compiler four times as long."""
+    check_on_a_tpu_pod(half_of_130m(), 0.5)
+
+
+@models.needs_libtpu
+@pytest.mark.slow
+def test_tiny_on_a_tpu_pod():
+    config = tiny_config(scan_layers=True)
+    check_layers_and_gather(audited(config, 0.5, "v5e:2x4"), config, 0.5, forward_bytes=4)
+
+
+@models.needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("p", [1.0, 0.5])
+def test_130m_on_a_tpu_pod(p, remat):
+    check_on_a_tpu_pod(paper_130m("bfloat16", layers=3, remat=remat), p)
+
+
+@models.needs_libtpu
+@pytest.mark.slow
 def test_forward_reductions_run_beside_products_only_where_p_is_below_1():
     """At p < 1 at least the product of the private channels can."""
     config = paper_130m("bfloat16", layers=3, remat=True)

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -21,7 +19,7 @@ from caat_jax.errors import InputError
 from caat_jax.evaluation import report as evaluation
 from caat_jax.evaluation.report import Report, Validation
 from tests import models, reference
-from tests.command_line import REPOSITORY
+from tests.command_line import run_forked
 
 TEXTS = [f"příliš žluťoučký kůň číslo {n}, and {'a shard ' * (n % 5)}" for n in range(24)]
 
@@ -42,7 +40,11 @@ def documents(config: Config) -> list[str]:
     return list(corpora.open_corpus(config.data).documents("validation"))
 
 
-@pytest.mark.parametrize("mesh", [dict(model=8), dict(data=4, model=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(data=4, model=2), pytest.param(dict(model=8), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_all_of_the_split_is_read(workdir, mesh):
     step, config = configured(workdir, **mesh)
     evaluated = evaluation.evaluate_checkpoint(workdir, step, config)
@@ -87,11 +89,11 @@ def test_bytes_do_not_depend_on_the_tokenizer(tmp_path):
     assert evaluated.tokens < evaluated.text_bytes
 
 
-def test_eval_py_writes_what_it_prints(workdir):
+def test_eval_py_writes_what_it_prints(workdir, tmp_path):
     step, config = configured(workdir)
     expected = evaluation.evaluate_checkpoint(workdir, step, config)
-    command = [sys.executable, "eval.py", f"--workdir={workdir}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    code, stdout, stderr = run_forked(["eval.py", f"--workdir={workdir}"], tmp_path)
+    assert code == 0, stderr
     report = json.loads((workdir / "evaluation.json").read_text())
     figures = report.pop("validation")
     assert report == {"step": 3, "S": 8, "p": "0.5"}
@@ -102,7 +104,7 @@ def test_eval_py_writes_what_it_prints(workdir):
         ("bits_per_byte", expected.bits_per_byte),
     ):
         assert figures[name] == pytest.approx(value, rel=1e-5)  # one device there, eight here
-    printed = [float(number) for number in re.findall(r" (\d+\.\d+)", done.stdout)]
+    printed = [float(number) for number in re.findall(r" (\d+\.\d+)", stdout)]
     assert printed == pytest.approx(
         [figures["loss"], figures["perplexity"], figures["bits_per_byte"]], abs=1e-4
     )

@@ -170,7 +170,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", ["M=8", *(pytest.param(m, marks=pytest.mark.slow) for m in ("M=1", "2x4"))]
+)
 def test_log_likelihoods_equal_the_emulation(workdir, mesh):
     assert len(TEXTS[2]) > LENGTH
     scores = model(workdir, mesh).loglikelihood(requests(*PAIRS))
@@ -212,7 +214,7 @@ def windows_of(text):
     return windows
 
 
-@pytest.mark.parametrize("mesh", ["M=1", "M=8"])
+@pytest.mark.parametrize("mesh", ["M=8", pytest.param("M=1", marks=pytest.mark.slow)])
 def test_rolling_log_likelihood_of_long_texts(workdir, mesh):
     texts = ["short", "", (TEXTS[2] * 2)[: LENGTH * 2], (TEXTS[2] * 2)[:150]]
     totals = model(workdir, mesh).loglikelihood_rolling(requests(*((text,) for text in texts)))
@@ -326,7 +328,11 @@ def by_hand(workdir):
     return right / len(QUESTIONS), -total / math.log(2) / size
 
 
-@pytest.mark.parametrize("sizes", [dict(data=8, model=1), dict(data=1, model=8)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(data=8, model=1), pytest.param(dict(data=1, model=8), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_local_tasks_on_any_mesh(workdir, tasks, local_tasks, sizes):
     step, config = checkpoint.newest_config(workdir)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
@@ -399,6 +405,7 @@ def test_eval_py_runs_local_tasks(workdir, tasks):
     assert 0 <= metrics["own_generation"]["exact_match,none"] <= 1
 
 
+@pytest.mark.slow
 def test_eval_py_names_near_tasks(workdir, tasks):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     code, stdout, stderr = run_eval(workdir, tasks, "--tasks=own_text,helaswag")

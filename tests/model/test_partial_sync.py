@@ -10,17 +10,28 @@ from tests import models, reference
 
 TOLERANCE = 1e-5  # of a tensor's largest magnitude
 
-# Every divisor M of every S, with every p; the other choices take turns.
-CHOICES = [
+OPTIONS = [
     dict(zip(("tied_head", "remat", "scan_layers"), values, strict=True))
     for values in itertools.product((False, True), repeat=3)
 ]
 SHARDS = [(S, M) for S in (2, 4, 8) for M in (1, 2, 4, 8) if S % M == 0]
-CASES = [
-    (S, M, p, CHOICES[(i + i // len(CHOICES)) % len(CHOICES)])
-    for i, (p, (S, M)) in enumerate(itertools.product((0.0, 0.25, 0.5, 0.75, 1.0), SHARDS))
+ALL_CASES = [
+    dict(S=S, M=M, p=p, **options)
+    for p, (S, M), options in itertools.product((0.0, 0.3, 0.5, 0.75, 1.0), SHARDS, OPTIONS)
 ]
-ALL_CASES = [(S, M, p, c) for (S, M), p, c in itertools.product(SHARDS, (0, 0.3, 1), CHOICES)]
+
+
+def covering_pairs(cases):
+    """A few of the cases that together have every pair of values that any of them has."""
+
+    def pairs(case):
+        return set(itertools.combinations(case.items(), 2))
+
+    left, chosen = set().union(*map(pairs, cases)), []
+    while left:
+        chosen.append(max(cases, key=lambda case: len(left & pairs(case))))
+        left -= pairs(chosen[-1])
+    return chosen
 
 
 def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
@@ -74,8 +85,8 @@ def rope_scaling(arch):
     )
 
 
-def config_of(S, M, choices, mesh=None, **model):
-    tied_head, remat, scan_layers = choices["tied_head"], choices["remat"], choices["scan_layers"]
+def config_of(S, M, options, mesh=None, **model):
+    tied_head, remat, scan_layers = options["tied_head"], options["remat"], options["scan_layers"]
     return models.small_config(
         model=dict(tp_shards=S, tied_head=tied_head, **model),
         compute=dict(remat=remat, scan_layers=scan_layers),
@@ -83,34 +94,51 @@ def config_of(S, M, choices, mesh=None, **model):
     )
 
 
-@pytest.mark.parametrize(("S", "M", "p", "choices"), CASES)
-def test_one_factor(S, M, p, choices):
-    check(config_of(S, M, choices, sync_factor=float(p)))
+def check_one_factor(S, M, p, **options):
+    check(config_of(S, M, options, sync_factor=p))
+
+
+@pytest.mark.parametrize("case", covering_pairs(ALL_CASES), ids=str)
+def test_one_factor(case):
+    check_one_factor(**case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("S", "M", "p", "choices"), ALL_CASES)
-def test_one_factor_with_every_choice(S, M, p, choices):
-    check(config_of(S, M, choices, sync_factor=float(p)))
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_one_factor_with_every_option(case):
+    check_one_factor(**case)
 
 
-@pytest.mark.parametrize("choices", [CHOICES[0], CHOICES[3]])
-@pytest.mark.parametrize(
-    "factors",
-    [
-        ((0.25, 0.75), (1.0, 0.5), 0.5),  # rises and falls: a private channel is summed again
-        (1.0, 1.0, (0.0, 0.5)),
-    ],
+FACTORS = (
+    ((0.25, 0.75), (1.0, 0.5), 0.5),  # rises and falls: a private channel is summed again
+    (1.0, 1.0, (0.0, 0.5)),
 )
-@pytest.mark.parametrize("M", [1, 2, 8])
-def test_factor_per_sublayer(M, factors, choices):
-    check(config_of(8, M, choices, layers=3, sync_factor_per_layer=factors))
+SUBLAYER_CASES = [
+    dict(M=M, factors=factors, scanned=scanned)
+    for M, factors, scanned in itertools.product((1, 2, 8), FACTORS, (False, True))
+]
+
+
+def check_factor_per_sublayer(M, factors, scanned):
+    options = dict(tied_head=False, remat=scanned, scan_layers=scanned)
+    check(config_of(8, M, options, layers=3, sync_factor_per_layer=factors))
+
+
+@pytest.mark.parametrize("case", covering_pairs(SUBLAYER_CASES), ids=str)
+def test_factor_per_sublayer(case):
+    check_factor_per_sublayer(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SUBLAYER_CASES, ids=str)
+def test_factor_per_sublayer_with_every_option(case):
+    check_factor_per_sublayer(**case)
 
 
 @pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, model=2), dict(data=1, fsdp=4, model=2)])
-@pytest.mark.parametrize("choices", [CHOICES[1], CHOICES[7]])
-def test_data_and_fsdp(mesh, choices):
-    check(config_of(4, 2, choices, mesh=mesh, sync_factor=0.5))
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[7]])
+def test_data_and_fsdp(mesh, options):
+    check(config_of(4, 2, options, mesh=mesh, sync_factor=0.5))
 
 
 @pytest.mark.parametrize(("S", "M", "kv_heads"), [(8, 1, 2), (8, 8, 2), (6, 3, 2), (4, 2, 1)])
@@ -118,13 +146,13 @@ def test_data_and_fsdp(mesh, choices):
 def test_shards_share_key_and_value_heads(S, M, kv_heads, p):
     """S is a multiple of the heads; with S = 6 on 3 devices, a device's two shards may differ."""
     sizes = dict(embed_dim=48, heads=24, kv_heads=kv_heads, vocab_size=48)
-    check(config_of(S, M, CHOICES[0], sync_factor=p, **sizes))
+    check(config_of(S, M, OPTIONS[0], sync_factor=p, **sizes))
 
 
 @pytest.mark.parametrize("M", [1, 4])
 def test_attention_over_several_blocks(M):
     """150 positions are three blocks of queries, the last of them short."""
-    check(config_of(4, M, CHOICES[0], sync_factor=0.5), sequences=2, length=150)
+    check(config_of(4, M, OPTIONS[0], sync_factor=0.5), sequences=2, length=150)
 
 
 @pytest.mark.parametrize(("M", "remat"), [(1, False), (2, True), (8, True)])
@@ -153,7 +181,7 @@ def test_heads_wider_than_the_model():
 def test_scaled_rotary_embedding():
     """Of the four pairs of channels one turns as before, two a little slower, one slower by 8."""
     scaling = dict(rope_scaling_factor=8.0, rope_scaling_original_length=64)
-    config = config_of(4, 2, CHOICES[0], head_dim=8, rope_base=100.0, **scaling)
+    config = config_of(4, 2, OPTIONS[0], head_dim=8, rope_base=100.0, **scaling)
     check(config)
     arch = config.model
     frequencies = [reference.rotary_frequency(i, 8, 100.0, rope_scaling(arch)) for i in range(4)]
@@ -164,7 +192,7 @@ def test_scaled_rotary_embedding():
 
 @pytest.mark.parametrize("M", [1, 8])
 def test_full_synchronisation_is_the_dense_model(M):
-    config = config_of(8, M, CHOICES[0], sync_factor=1.0)
+    config = config_of(8, M, OPTIONS[0], sync_factor=1.0)
     sizes = {**models.SMALL, "tied_head": False}
     parameters = reference.random_parameters(3, **sizes)
     rows = np.random.default_rng(3).integers(0, 64, (4, 13), dtype=np.int32)

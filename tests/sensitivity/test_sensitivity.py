@@ -25,7 +25,7 @@ from caat_jax.sensitivity import cuts as sublayer_cuts
 from caat_jax.sensitivity.cuts import Cut, Sensitivity
 from configs import base
 from tests import models, reference, runs
-from tests.command_line import assert_refused, run_forked
+from tests.command_line import assert_refused, run_forked, run_here
 
 COMMAND = "caat_jax/sensitivity/__main__.py"
 TEXTS = [f"text number {n} of those that {'a shard ' * (n % 5)} reads" for n in range(24)]
@@ -319,7 +319,7 @@ def test_config_file_sets_only_what_differs_from_base(tmp_path):
 )
 def test_refused_before_the_checkpoint_is_looked_for(tmp_path, arguments, said):
     workdir = tmp_path / "run"
-    assert_refused(run_forked([COMMAND, f"--workdir={workdir}", *arguments], tmp_path), *said)
+    assert_refused(run_here([COMMAND, f"--workdir={workdir}", *arguments], tmp_path), *said)
     assert not workdir.exists()
 
 
@@ -337,7 +337,7 @@ def test_refused_before_the_checkpoint_is_looked_for(tmp_path, arguments, said):
 )
 def test_refused_for_this_checkpoint(workdir, tmp_path, arguments, said):
     before = sorted(workdir.rglob("*"))
-    assert_refused(run_forked([COMMAND, f"--workdir={workdir}", *arguments], tmp_path), *said)
+    assert_refused(run_here([COMMAND, f"--workdir={workdir}", *arguments], tmp_path), *said)
     assert sorted(workdir.rglob("*")) == before
 
 

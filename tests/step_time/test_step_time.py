@@ -21,7 +21,7 @@ from caat_jax.step_time import report as step_time_report
 from caat_jax.step_time.model import Workload, predict
 from caat_jax.training.metrics import model_flops_per_token
 from tests import models
-from tests.command_line import TINY, assert_refused, run_as_users_do, run_forked
+from tests.command_line import TINY, assert_refused, run_as_users_do, run_here
 
 # 100 FLOP/s, 10 bytes/s of memory; 4 devices a host.
 CHIP = Chip(
@@ -208,7 +208,7 @@ def test_picture(predictions, tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """A function: arguments -> exit code, stdout, stderr."""
-    return lambda *arguments: run_forked(("caat_jax/step_time/__main__.py", *arguments), tmp_path)
+    return lambda *arguments: run_here(("caat_jax/step_time/__main__.py", *arguments), tmp_path)
 
 
 SMALL = (TINY, "--config.model.vocab_size=64", "--config.compute.dtype=bfloat16", "--devices=8")

@@ -17,7 +17,7 @@ from caat_jax.sweep import plan as sweep_plan
 from caat_jax.sweep import report
 from configs import base, sweep, sweep_half, sweep_quarter
 from tests import runs
-from tests.command_line import REPOSITORY, assert_refused, start_forked, write_texts
+from tests.command_line import REPOSITORY, assert_refused, run_here, start_forked, write_texts
 from tests.runs import Run
 
 P, S = "model.sync_factor", "model.tp_shards"
@@ -60,6 +60,10 @@ def fields_of(folder):
     }
 
 
+def command(place, *flags):
+    return ["caat_jax/sweep/__main__.py", f"--config={place}/sweep.py", *flags]
+
+
 class Sweep:
     """The command, on the configuration of `place`."""
 
@@ -67,10 +71,9 @@ class Sweep:
         self.outputs = [place / "stdout", place / "stderr"]
         for path in self.outputs:
             path.write_text("")
-        command = ["caat_jax/sweep/__main__.py", f"--config={place}/sweep.py", *flags]
         # Its runs are processes started anew.
         environment = {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-        self.process = start_forked(command, place, self.outputs, environment)
+        self.process = start_forked(command(place, *flags), place, self.outputs, environment)
 
     def result(self):
         self.process.join(300)
@@ -114,7 +117,8 @@ def test_results_are_those_of_the_runs(done):
 
 
 def test_another_configuration_in_the_same_folder(done, place):
-    result = Sweep(place, "--workdir=done", "--config.run.train.steps=7").result()
+    flags = ["--workdir=done", "--config.run.train.steps=7"]
+    result = run_here(command(place, *flags), place)
     assert_refused(result, NAMES[0], "train.steps: stored 6, requested 7", "--workdir")
 
 
@@ -146,6 +150,7 @@ def test_stopped_sweep_goes_on(place):
         assert (folder / "result.json").read_text() == (expected / "result.json").read_text()
 
 
+@pytest.mark.slow
 def test_interrupt_while_runs_start(place):
     started = Sweep(place, "--workdir=interrupted", "--jobs=2")
     while not (place / "interrupted/runs" / NAMES[1]).exists():
@@ -230,13 +235,12 @@ def test_refused(changes, said):
     ],
 )
 def test_refused_as_users_see_it(place, flags, said):
-    result = Sweep(place, "--workdir=refused", *flags).result()
-    assert_refused(result, *said)
+    assert_refused(run_here(command(place, "--workdir=refused", *flags), place), *said)
     assert not (place / "refused").exists()
 
 
 def test_list(place):
-    code, stdout, _ = Sweep(place, "--workdir=listed", "--list").result()
+    code, stdout, _ = run_here(command(place, "--workdir=listed", "--list"), place)
     assert (code, stdout.split()) == (0, NAMES)
     assert not (place / "listed").exists()
 

@@ -2,13 +2,10 @@
 
 import dataclasses
 import hashlib
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -26,7 +23,7 @@ from caat_jax.training.metrics import MetricsWriter
 from caat_jax.training.step import Programs
 from configs import base
 from tests import reference
-from tests.command_line import REPOSITORY
+from tests.command_line import FORK_SERVER, run_forked
 from tests.runs import (
     BATCH,
     CHECKPOINT_EVERY,
@@ -73,9 +70,7 @@ def resumed(make_config, finished, tmp_path_factory):
     """The workdir of a run that was killed and started again."""
     # After `finished`, which prepares the corpus: two processes share the cache here.
     workdir = tmp_path_factory.mktemp("resumed") / "run"
-    process = multiprocessing.get_context("spawn").Process(
-        target=train_until_killed, args=(make_config(), workdir)
-    )
+    process = FORK_SERVER.Process(target=train_until_killed, args=(make_config(), workdir))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -280,7 +275,7 @@ def test_bfloat16_overfits_a_few_sentences(make_config, tmp_path):
     "fields",
     [
         {"mesh.data": 2, "mesh.fsdp": 2, "mesh.model": 2},
-        {"mesh.data": 8, "mesh.model": 1},
+        pytest.param({"mesh.data": 8, "mesh.model": 1}, marks=pytest.mark.slow),
         {"train.accumulation_steps": 4, "mesh.data": 2, "mesh.model": 4},
     ],
     ids=str,
@@ -323,7 +318,15 @@ def test_validation_loss_is_the_mean_over_all_tokens(make_config, finished):
     assert finished[1] == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 8), (8, 1, 1), (2, 1, 4), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (1, 1, 8),
+        (2, 2, 2),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in [(8, 1, 1), (2, 1, 4), (1, 4, 2)]),
+    ],
+    ids=str,
+)
 def test_evaluation_repeats_the_loss_on_any_mesh(finished, mesh):
     workdir, loss = finished
     step, config = checkpoint.newest_config(workdir)
@@ -334,13 +337,13 @@ def test_evaluation_repeats_the_loss_on_any_mesh(finished, mesh):
     assert evaluated == pytest.approx(loss, abs=1e-6 if mesh == (1, 1, 8) else 1e-5)
 
 
-def test_eval_py_repeats_the_loss_on_one_device(finished):
+def test_eval_py_repeats_the_loss_on_one_device(finished, tmp_path):
     """The run left its mesh to be worked out, so eval.py takes what it finds: one CPU."""
     workdir, loss = finished
-    command = [sys.executable, "eval.py", f"--workdir={workdir}"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    (printed,) = re.findall(r"^validation loss +(\d+\.\d+) +nats per token", done.stdout, re.M)
-    assert done.stdout.startswith("step 20, S=8, p=0.5\n")
+    code, stdout, stderr = run_forked(["eval.py", f"--workdir={workdir}"], tmp_path)
+    assert code == 0, stderr
+    (printed,) = re.findall(r"^validation loss +(\d+\.\d+) +nats per token", stdout, re.M)
+    assert stdout.startswith("step 20, S=8, p=0.5\n")
     assert float(printed) == pytest.approx(loss, abs=1e-5)
 
 
