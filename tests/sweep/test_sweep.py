@@ -122,11 +122,24 @@ def test_another_configuration_in_the_same_folder(done, place):
     assert_refused(result, NAMES[0], "train.steps: stored 6, requested 7", "--workdir")
 
 
-def test_failed_run_is_named_and_the_others_are_done(place):
-    flags = ["--config.run.train.skipped_updates_allowed=0", "--config.grid.seed=(0,)"]
-    flags += ["--config.run.optimizer.peak_learning_rate=1e38", "--workdir=diverged", "--jobs=2"]
-    result = Sweep(place, *flags).result()
-    assert_refused(result, "2 of 2 runs failed", NAMES[0], "not finite at 1 steps in a row")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.run.data.files=none/*.txt"], "none/*.txt matches no file"),
+        pytest.param(
+            [
+                "--config.run.train.skipped_updates_allowed=0",
+                "--config.run.optimizer.peak_learning_rate=1e38",
+            ],
+            "not finite at 1 steps in a row",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["no data", "divergence"],
+)
+def test_failed_runs_are_named(place, flags, said):
+    flags = [*flags, "--config.grid.seed=(0,)", "--workdir=failed", "--jobs=2"]
+    assert_refused(Sweep(place, *flags).result(), "2 of 2 runs failed", NAMES[0], said)
 
 
 @pytest.mark.slow
