@@ -57,9 +57,9 @@ test-newest:
 
 # One version of each package for all Pythons and platforms (fewest), so that what was tested
 # together on one is what the others install.
-COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version=3.11 \
-    --fork-strategy=fewest --generate-hashes --no-emit-index-url --annotation-style=line \
-    --custom-compile-command="make lock"
+COMPILE := .venv-lock/bin/uv pip compile --config-file=requirements-lock.toml --quiet --upgrade \
+    --universal --python-version=3.11 --fork-strategy=fewest --generate-hashes \
+    --no-emit-index-url --annotation-style=line --custom-compile-command="make lock"
 
 lock:
 	@$(MAKE) --no-print-directory VENV=.venv-lock .venv-lock/.created
