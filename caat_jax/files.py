@@ -137,6 +137,24 @@ def open_regular(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
+def refuse_links_out(folder: Path) -> None:
+    """Refuses a folder, made by others, with a link that leads out of it.
+
+    Links within it are allowed, and those of the Hugging Face cache, whose files lie in `blobs`
+    beside `snapshots/REVISION`.
+
+    Raises:
+      InputError: naming the link.
+    """
+    root = Path(os.path.realpath(folder))
+    if root.parent.name == "snapshots":
+        root = root.parents[1]
+    for path in folder.glob("*"):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not target.is_relative_to(root):
+            raise InputError(f"{path} is a link to {target}, outside of {folder}; copy the file")
+
+
 def read_json(path: Path, kind: type[_Json], what: str = "") -> _Json:
     """A file's JSON object (`kind` is dict) or list, which anybody may have written.
 

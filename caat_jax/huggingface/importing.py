@@ -19,6 +19,7 @@ from caat_jax.data.carried_tokenizer import IMPORTED_FOLDER
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
+from caat_jax.files import refuse_links_out
 from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
 from caat_jax.huggingface.safetensors_files import StoredTensor
 from caat_jax.model.transformer import Blueprint
@@ -54,6 +55,7 @@ def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: fl
       InputError: something given cannot work; nothing is written then.
     """
     folders.check_new(workdir)
+    refuse_links_out(source)
     config, tensors, unties = _open(
         source, workdir.absolute() / IMPORTED_FOLDER, tp_shards, sync_factor
     )

@@ -6,6 +6,8 @@ import random
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -266,6 +268,27 @@ def test_slow_writes_of_metadata(tmp_path, monkeypatch, capsys):
             checkpoints.check()
     assert Checkpoints(tmp_path).resume_step() == 5
     assert runs.checkpoint_steps(tmp_path) == [5] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("saves", [20, pytest.param(2000, marks=pytest.mark.slow)])
+def test_saves_one_after_the_other_on_a_busy_machine(tmp_path, capsys, saves):
+    memory = Path("/dev/shm")  # where it is fast, saves are closest to each other
+    folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
+    command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command) for _ in range(os.cpu_count())]
+    config = programs_on((1, 1, 1)).config
+    try:
+        with Checkpoints(folder, to_keep=2) as checkpoints:
+            for step in range(1, saves + 1):
+                checkpoints.save({"x": np.full(9, step)}, step, config, {"next_batch": step})
+                checkpoints.check()
+        assert runs.checkpoint_steps(folder) == [saves - 1, saves]
+        assert checkpoint.newest_config(folder)[0] == saves and capsys.readouterr().err == ""
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder)
 
 
 def test_older_checkpoints_stay_until_the_new_one_is_verified(saved, tmp_path, monkeypatch):
