@@ -255,6 +255,25 @@ def test_as_users_run_it(tmp_path):
     assert labels == ["p", "1", "0.5"] * 2
 
 
+@models.needs_gpu_compiler
+@pytest.mark.slow
+def test_predictions_from_a_compiled_step(run):
+    options = ("--topology=h100:1x1x8", "--p=1", "--output=", "--json")
+    code, stdout, stderr = run(*SMALL, *options)
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    assert [chip["name"] for chip in found["chips"]] == ["h100-nvlink (compiled)"]
+    (row,) = found["predictions"]
+    assert 0 < row["exposed"]["all_overlaps"] == row["exposed"]["nothing_overlaps"]
+
+
+@models.needs_gpu_compiler
+def test_a_topology_of_another_size_is_refused(run):
+    assert_refused(
+        run(*SMALL, "--topology=h100:1x1x4"), "--topology=h100:1x1x4", "4 devices, not 8"
+    )
+
+
 def test_factors_per_sublayer_have_their_row(run):
     factors = "(1, 0.5, (0.5, 0), 0.5)"
     code, stdout, stderr = run(
