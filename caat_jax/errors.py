@@ -26,7 +26,7 @@ class Diverged(Stop):
 
 
 class Interrupted(Stop):
-    """The run was asked to stop, or lost a process; started again, it goes on.
+    """The run was asked to stop, or lost a process; started again, it resumes.
 
     The exit code is EX_TEMPFAIL of BSD's sysexits.h.
     """

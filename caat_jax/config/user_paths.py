@@ -14,7 +14,7 @@ def expanded(name: str, path: str) -> Path:
       path: as given.
 
     Raises:
-      InputError: there is no such user, or a path cannot be that.
+      InputError: there is no such user, or a character is not allowed in paths.
     """
     try:
         os.fsencode(path)

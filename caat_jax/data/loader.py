@@ -56,19 +56,19 @@ class TrainBatches:
         return {"next_batch": self._next, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where the iterator was that `get_state` described, or begins: `NOTHING_READ`.
+        """Resumes from `get_state`, or starts from `NOTHING_READ`.
 
         Raises:
-          InputError: that one went through other batches.
+          InputError: the state is that of other batches.
         """
         if state == NOTHING_READ:
             self.seek(0)
             return
         for name, value in self._identity.items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise InputError(
-                    f"the batches cannot go on where they were: {name} was {state[name]} and is"
-                    f" now {value}"
+                    f"the batches cannot resume where they were: {name} was {state.get(name)} and"
+                    f" is now {value}"
                 )
         self.seek(state["next_batch"])
 
@@ -93,7 +93,7 @@ def train_batches(
       global_batch: B.
       seed: of the order, 0 or more.
       sharding: of a [B, T+1] array; rows may be split, T must not be.
-      first_batch: the number of the batch to begin with.
+      first_batch: the number of the first batch.
     """
     batches = TrainBatches(sequences, global_batch, seed, sharding)
     batches.seek(first_batch)

@@ -187,7 +187,7 @@ def _unchanged(folder: Path, tokenizer: Tokenizer, prepare: bool) -> bool:
 
 
 def _damage(path: Path, done: dict[str, int], tokenizer: Tokenizer) -> str | None:
-    """What is wrong with the tokens that a file should begin with; None: nothing."""
+    """What is wrong with the tokens that the manifest counts in a file; None: nothing."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.unlink()
         return "it is not a regular file"

@@ -135,7 +135,7 @@ def _loop(
                         checkpoints.save(state, step, programs.config, batches.get_state())
             if stop:
                 checkpoints.wait()
-                raise Interrupted(f"stopped after step {step}, saved; the same command goes on")
+                raise Interrupted(f"stopped after step {step}, saved; the same command resumes")
     return loss
 
 

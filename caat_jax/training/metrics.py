@@ -116,7 +116,7 @@ def json_number(value: float) -> float | str:
 
 
 def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads a metrics file, also that of a run that goes on or was killed.
+    """Reads a metrics file, also while the run writes to it or after it was killed.
 
     Returns:
       For each name: the steps at which it was written (int64) and its values there (float64), in

@@ -231,7 +231,7 @@ def test_stop_request(corpus, tmp_path, number):
     assert run.wait() == 75
     (step,) = runs.checkpoint_steps(workdir)
     assert runs.last_step(workdir) == step
-    assert run.said()[-1] == f"stopped after step {step}, saved; the same command goes on"
+    assert run.said()[-1] == f"stopped after step {step}, saved; the same command resumes"
 
 
 def test_second_run_in_a_workdir_is_refused(corpus, tmp_path):
