@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 LEFT_OUT = (
     "A prediction; nothing was measured. Left out: what kernels and links lose against the figures"
     " above (--efficiency scales the FLOP/s; most bandwidths are line rates); element-wise"
-    " operations and copies, with them the joining of a sublayer's two parts where p < 1 (3 to 7 %"
-    " of a step on CPUs, docs/step_time.md); without --topology, the part of a reduction over model"
-    " that the compiler runs beside products (docs/communication.md); collectives and mesh axes in"
-    " each other's way; the start of kernels and collectives; other algorithms than rings; the"
-    " scalar sums of clipping; activation memory; host, input, checkpoints and stragglers."
+    " operations and copies; without --topology, the part of a reduction over model that the"
+    " compiler runs beside products (docs/communication.md); collectives and mesh axes in each"
+    " other's way; the start of kernels and collectives; other algorithms than rings; the scalar"
+    " sums of clipping; activation memory; host, input, checkpoints and stragglers."
 )
 
 WIDTH = 100
