@@ -32,6 +32,8 @@ from caat_jax.training.step import Programs
 # Resamplings of the few metrics whose standard error has no formula.
 _BOOTSTRAP_SAMPLES = 1000
 _GENERATION_OPTIONS = ("temperature", "top_k", "top_p")
+# Values that ask for nothing, of options that there are not.
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,7 @@ def evaluate_tasks(
       InputError: there is no such task, or it cannot be loaded.
     """
     manager = _task_manager(options)
-    tasks = _load_tasks(manager, options.names)
+    tasks = _load_tasks(manager, options.names, config.data.sequence_length)
     model = restore_model(workdir, step, config)
     rows = options.batch_size or config.train.global_batch // config.train.accumulation_steps
 
@@ -194,8 +196,8 @@ def _task_manager(options: TaskOptions) -> TaskManager:
     return TaskManager(include_path=folder)
 
 
-def _load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
-    """The harness's tasks and groups, their data sets loaded."""
+def _load_tasks(manager: TaskManager, names: Sequence[str], longest: int) -> list[Any]:
+    """The harness's tasks and groups, their data sets loaded, for a context of `longest` tokens."""
     loaded: list[Any] = []
     matches: dict[str, None] = {}  # in order, each once
     for name in names:
@@ -209,7 +211,7 @@ def _load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
         matches.update(dict.fromkeys(found))
     for match in matches:
         built = _load(manager, match, match)
-        _check_runnable(match, built["tasks"])
+        _check_runnable(match, built["tasks"], longest)
         # A tag is as many tasks.
         group = built["groups"].get(match)
         loaded += [group] if group else built["tasks"].values()
@@ -226,7 +228,7 @@ def _load(manager: TaskManager, what: Any, name: str) -> Any:
         raise InputError(f"--tasks: {name} cannot be loaded ({reason})") from error
 
 
-def _check_runnable(name: str, tasks: dict[str, Any]) -> None:
+def _check_runnable(name: str, tasks: dict[str, Any], longest: int) -> None:
     for task in tasks.values():
         for attribute, what in (
             ("UNSAFE_CODE", "runs programs that the model writes"),
@@ -234,6 +236,13 @@ def _check_runnable(name: str, tasks: dict[str, Any]) -> None:
         ):
             if getattr(task, attribute, False):
                 raise InputError(f"--tasks: {name} {what}, which is not supported")
+        if task.OUTPUT_TYPE == "generate_until":
+            new = _generation_options(dict(task.config.generation_kwargs or {}))["max_gen_toks"]
+            if new >= longest:
+                raise InputError(
+                    f"--tasks: {name} generates max_gen_toks={new} tokens, which leaves none of"
+                    f" data.sequence_length={longest} for its prompts; give the task fewer"
+                )
 
 
 def _run(
@@ -278,6 +287,11 @@ def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
     """`until`, `max_gen_toks`, and the fields of `Sampling` of the same names."""
     options = normalize_gen_kwargs(given)
     del options["do_sample"]  # without it, the temperature is 0
+    options = {
+        name: value
+        for name, value in options.items()
+        if value is not None and _NEUTRAL.get(name) != value
+    }
     known = {"until", "max_gen_toks", *_GENERATION_OPTIONS}
     if unknown := sorted(set(options) - known):
         raise InputError(

@@ -83,6 +83,10 @@ metric_list:
     higher_is_better: true
 """
 GROUP = "group: own\ntask: [own_choice, own_text]\n"
+LONG_TASK = GENERATION_TASK.replace("own_generation", "own_long").replace("max_gen_toks: 12, ", "")
+BEAM_TASK = GENERATION_TASK.replace("own_generation", "own_beams").replace(
+    "do_sample: false", "num_beams: 3"
+)
 BROKEN_TASK = CHOICE_TASK.replace("own_choice", "own_broken").replace("questions", "nothing")
 
 
@@ -99,7 +103,7 @@ def tasks(tmp_path_factory):
     for name, lines in (("questions", QUESTIONS), ("passages", PASSAGES)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"choice": CHOICE_TASK, "text": TEXT_TASK, "broken": BROKEN_TASK, "own": GROUP}
-    files["generation"] = GENERATION_TASK
+    files |= {"generation": GENERATION_TASK, "long": LONG_TASK, "beams": BEAM_TASK}
     for name, content in files.items():
         (folder / f"{name}.yaml").write_text(content.format(folder=folder))
     return folder
@@ -299,7 +303,7 @@ def test_generation_options():
     asked = [
         ("one prompt of many words", {"until": ["\n"], "max_gen_toks": 10}),
         ("two", {"until": [" "], "max_new_tokens": 99, **sampled}),
-        ("three", {"until": ["o", "w"], "max_gen_toks": 10}),
+        ("three", {"until": ["o", "w"], "max_gen_toks": 10, "top_k": None, "num_beams": 1}),
     ]
     assert adapter.generate_until(requests(*asked)) == ["some words", "some", "s"]
     calls = {given["max_new_tokens"]: (prompts, given) for prompts, given in asked_for}
@@ -365,6 +369,8 @@ def test_group_pattern_limit_and_examples(workdir, tasks, local_tasks):
         (["own_text", "zzz"], {}, r"no task 'zzz' \(--include_path"),
         (["own_broken"], {}, r"own_broken cannot be loaded \(\w+: .*nothing"),
         (["own", "own_text"], {}, r"own_text.* in both|own_text.*both"),
+        (["own_text", "own_long"], {}, r"own_long generates max_gen_toks=256 .*_length=64"),
+        (["own_text", "own_beams"], {}, r"generation option num_beams"),
         (["own_text"], {"include_path": Path("nowhere")}, r"--include_path=nowhere is no folder"),
         (["own_text"], {"batch_size": 3}, r"--batch_size=3 must be a multiple of 8"),
     ],
