@@ -75,7 +75,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         for number, path in enumerate(self._files):
-            yield number, {"text": path.read_bytes().decode("utf-8", self._encoding_errors)}
+            yield number, {"text": _read(path, self._encoding_errors)}
 
 
 class Documents(Sequence[str]):
@@ -264,6 +264,11 @@ def _prepared_from_files(data: DataConfig, prepare: bool) -> tfds.core.DatasetBu
     for path in paths:
         if not path.is_file():  # a device or a pipe may have no end
             raise InputError(f"{path} is not a regular file; leave it out of data.files")
+    given = len(identities)
+    identities = [(path, stat) for path, stat in identities if stat.st_size]
+    if not identities:
+        raise InputError(f"data.files={data.files}: all {given} files are empty")
+    paths = [Path(path) for path, _ in identities]
     key = cache_folder.key_of(
         data.encoding_errors,
         [[path, stat.st_size, stat.st_mtime_ns] for path, stat in identities],
@@ -274,6 +279,8 @@ def _prepared_from_files(data: DataConfig, prepare: bool) -> tfds.core.DatasetBu
         return TextFiles(data_dir=folder)
     if not prepare:
         raise cache_folder.not_prepared(prepared)
+    if given > len(paths):
+        print(f"data.files: {given - len(paths)} empty files are left out", file=sys.stderr)
     content = hashlib.blake2b(digest_size=16)
     for path in _progress(paths, "checking files"):
         content.update(_digest(_read(path, data.encoding_errors)).to_bytes(8, "big"))
@@ -306,11 +313,20 @@ def _prepared_from_files(data: DataConfig, prepare: bool) -> tfds.core.DatasetBu
 
 
 def _matching(pattern: str) -> list[Path]:
-    found = sorted(glob.glob(str(user_paths.expanded("data.files", pattern)), recursive=True))
-    paths = [Path(path).absolute() for path in found if not os.path.isdir(path)]
+    expanded = user_paths.expanded("data.files", pattern)
+    paths: dict[str, Path] = {}
+    for found in sorted(glob.glob(str(expanded), recursive=True)):
+        if not os.path.isdir(found):
+            # A link to a folder above leads to the same files again and again.
+            paths.setdefault(os.path.realpath(found), Path(found).absolute())
     if not paths:
-        raise InputError(f"data.files={pattern} matches no file")
-    return paths
+        hint = ""
+        if expanded.is_dir():
+            hint = f"; it is a folder, whose files are {expanded / '**/*'}"
+        elif any(character in pattern for character in "{,"):
+            hint = "; it is one pattern of *, ** and ?, in which braces and commas mean themselves"
+        raise InputError(f"data.files={pattern} matches no file{hint}")
+    return list(paths.values())
 
 
 def _standard_library() -> list[Path]:
@@ -333,13 +349,13 @@ def _read(path: Path, encoding_errors: str) -> str:
     except OSError as error:
         raise _unreadable(error) from error
     if not text:
-        raise InputError(f"{path} is empty; leave it out of data.files")
+        raise InputError(f"{path} holds no text; leave it out of data.files")
     return text
 
 
 def _decode(text: bytes, encoding_errors: str, name: str) -> str:
     try:
-        return text.decode("utf-8", encoding_errors)
+        return text.decode("utf-8", encoding_errors).removeprefix("\ufeff")  # a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name} is not UTF-8 at byte {error.start}; data.encoding_errors=replace or ignore"

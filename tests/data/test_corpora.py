@@ -72,6 +72,20 @@ def test_files_are_documents_in_order(data_config, texts, tmp_path):
     assert documents[3] == texts[3]
 
 
+def test_what_is_not_a_document_is_left_out(data_config, texts, tmp_path, capsys):
+    """Empty files, byte order marks, and the files again that a link to their own folder shows."""
+    folder = tmp_path / "texts"
+    (folder / "itself").symlink_to(folder)
+    (folder / "empty.txt").touch()
+    first = next(iter(sorted(folder.glob("*.txt"), key=lambda path: path.read_text() != texts[0])))
+    first.write_bytes("\ufeff".encode() + first.read_bytes())
+    data = data_config(files=str(folder / "**" / "*.txt"), eval_split="train[:1]")
+    assert sorted(corpora.open_corpus(data).documents("train")) == sorted(texts)
+    assert capsys.readouterr().err.count("1 empty files are left out") == 1
+    corpora.open_corpus(data)
+    assert "empty files" not in capsys.readouterr().err
+
+
 def test_files_under_home(data_config, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     data = data_config(files="~/texts/*.txt", cache_dir="~/cache")
@@ -129,8 +143,8 @@ def _add_latin1(folder: Path) -> None:
     (folder / "bad.txt").write_bytes("jméno".encode("latin-1"))
 
 
-def _add_empty(folder: Path) -> None:
-    (folder / "empty.txt").touch()
+def _add_mark(folder: Path) -> None:
+    (folder / "mark.txt").write_bytes("\ufeff".encode())
 
 
 def _add_dangling(folder: Path) -> None:
@@ -142,7 +156,9 @@ def _add_dangling(folder: Path) -> None:
     [
         (_break_nothing, {"files": "/nowhere/*.txt"}, "data.files=/nowhere/*.txt matches no file"),
         (_add_latin1, {}, "bad.txt is not UTF-8 at byte 2; data.encoding_errors="),
-        (_add_empty, {}, "empty.txt is empty"),
+        (_add_mark, {}, "mark.txt holds no text"),
+        (_break_nothing, {"files": "/dev"}, "it is a folder, whose files are /dev/**/*"),
+        (_break_nothing, {"files": "/nowhere/{a,b}"}, "braces and commas mean themselves"),
         (_add_dangling, {}, "gone.txt cannot be read (No such file or directory)"),
         (_break_nothing, {"cache_dir": "/dev/null/cache"}, "choose another data.cache_dir"),
     ],
