@@ -1,5 +1,6 @@
 """Calibration and held-out sequences: evenly spaced over the two splits of a corpus."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def open_texts(
       tokenizer: the model's.
       calibration_tokens: in whole batches.
       held_out_tokens: in whole sequences.
-      batch_tokens: about so many at a time.
+      batch_tokens: so many at a time at most, where one sequence for each part is not more.
       parts: the mesh splits a batch into these.
       prepare: as for `open_cache`.
 
@@ -65,14 +66,15 @@ def open_texts(
     cache = open_cache(data, tokenizer, prepare)
     length = data.sequence_length
     wanted = min(calibration_tokens // length, len(cache.train))
-    batch = parts * min(max(1, batch_tokens // (parts * length)), wanted // parts)
-    if not batch:
+    if wanted < parts:
         raise InputError(
             f"the text to calibrate on makes {wanted} sequences of data.sequence_length={length},"
             f" and the mesh splits a batch into {parts} parts; give more text or a larger"
             " --calibration_tokens"
         )
-    sequences = _Some(cache.train, wanted - wanted % batch)
+    count = min(math.ceil(wanted * length / batch_tokens), wanted // parts)
+    batch = parts * (wanted // (count * parts))
+    sequences = _Some(cache.train, count * batch)
     rows = [sequences[number][:-1] for number in range(len(sequences))]
     batches = [np.stack(rows[start : start + batch]) for start in range(0, len(rows), batch)]
     held_out = _Some(cache.validation, max(1, held_out_tokens // length))

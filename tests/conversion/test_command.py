@@ -13,6 +13,7 @@ from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.resolve import resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.conversion.progress import Progress
+from caat_jax.conversion.texts import open_texts
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.data.token_cache import open_cache
 from caat_jax.data.tokenizers import load_tokenizer
@@ -128,3 +129,21 @@ def test_bad_input(dense, tmp_path, flags, said):
 def test_only_a_dense_model_is_taken(converted, tmp_path):
     command = [COMMAND, f"--workdir={converted[0]}", "--output=new", "--sync_factor=0.25"]
     assert_refused(run_here(command, tmp_path), "p=0.5", "dense")
+
+
+def test_batches_use_nearly_all_sequences(dense):
+    """Of 12 training sequences, in as few batches as the tokens at a time and the mesh allow."""
+    config = checkpoints.newest_config(dense)[1]
+    expected = {(1000, 1): [12], (300, 1): [4, 4, 4], (300, 4): [4, 4, 4], (64, 8): [8]}
+    for (batch_tokens, parts), sizes in expected.items():
+        texts = open_texts(
+            config.data,
+            load_tokenizer("bytes"),
+            calibration_tokens=12 * 64 + 1,
+            held_out_tokens=64,
+            batch_tokens=batch_tokens,
+            parts=parts,
+            prepare=True,
+        )
+        assert [len(batch) for batch in texts.calibration] == sizes
+        assert len(texts.held_out) == 1
