@@ -201,12 +201,12 @@ def parse_json(text: str | bytes, kind: type[_Json]) -> _Json:
         level = [
             child
             for item in level
-            if isinstance(item, (dict, list))
             for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (dict, list))
         ]
-    if any(isinstance(item, (dict, list)) for item in level):
-        raise ValueError("its objects and lists are nested too deep")
-    return value
+        if not level:
+            return value
+    raise ValueError("its objects and lists are nested too deep")
 
 
 def _refuse_constant(constant: str) -> float:

@@ -12,6 +12,7 @@ import array
 import contextlib
 import json
 import math
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ class MetricsWriter:
             step is there twice.  None: a run from the beginning, so all lines are dropped.
 
         Raises:
-          InputError: the file that is there is malformed; the message names the line.
+          InputError: the end of the file that is there is malformed; the message names the place.
         """
         from caat_jax.training import tensorboard
 
@@ -126,7 +127,7 @@ def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
       InputError: the file is missing or malformed; the message names the file and the line.
     """
     columns: dict[str, tuple[array.array, array.array]] = {}
-    for _, step, values in _complete_lines(Path(path)):
+    for step, values in _complete_lines(Path(path)):
         for name, value in values.items():
             steps, column = columns.setdefault(name, (array.array("q"), array.array("d")))
             steps.append(step)
@@ -220,17 +221,15 @@ class Throughput:
         return measured
 
 
-def _complete_lines(path: Path) -> Iterator[tuple[int, int, dict[str, float]]]:
-    """Of each line that ends with a newline: where it ends, its step, its values by name."""
-    end = 0
+def _complete_lines(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """The step and the values by name of each line that ends with a newline."""
     try:
         with files.open_regular(path) as file:
             lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
                     return  # cut off
-                end += len(line)
-                yield end, *_parsed(line, f"{path}, line {number}")
+                yield _parsed(line, f"{path}, line {number}")
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; train.py writes it into its --workdir"
@@ -257,14 +256,24 @@ def _to_float(name: str, value: Any) -> float:
 
 
 def _drop_lines_after(path: Path, last_step: int) -> None:
-    """Keeps the complete lines of steps up to `last_step`, which come first."""
-    if path.is_symlink() or not path.exists():
+    """Keeps the complete lines of steps up to `last_step`, which come first.
+
+    Reads from the end, and only what is dropped and the line before that.
+    """
+    if path.is_symlink() or not path.exists() or not path.stat().st_size:
         files.write(path, b"")  # never through a link
         return
-    kept = 0
-    for end, step, _ in _complete_lines(path):
-        if step <= last_step:
-            kept = end
+    with (
+        files.open_regular(path) as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        kept = content.rfind(b"\n") + 1
+        while kept:
+            start = content.rfind(b"\n", 0, kept - 1) + 1
+            step, _ = _parsed(content[start:kept], f"{path}, at byte {start}")
+            if step <= last_step:
+                break
+            kept = start
     with path.open("r+b") as file:
         file.truncate(kept)
         os.fsync(file.fileno())

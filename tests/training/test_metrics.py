@@ -98,8 +98,25 @@ def test_malformed_lines_are_named(tmp_path, line):
     path.write_text(f'{{"step": 1, "x": 2.0}}\n{line}\n')
     with pytest.raises(InputError, match="line 2"):
         read_metrics(path)
-    with pytest.raises(InputError, match="line 2"):
+    with pytest.raises(InputError, match="at byte 22"):
         MetricsWriter(tmp_path, resume_step=1)
+
+
+def test_a_long_file_is_resumed_from_its_end(tmp_path):
+    """What lies before the lines that are dropped is not read: here it would be refused."""
+    path = tmp_path / METRICS_FILE
+    line = '{"step": 1, "x": 2.0}\n'
+    path.write_text("[" * 100_000 + "\n" + line + line.replace("1", "2") + '{"step"')
+    MetricsWriter(tmp_path, resume_step=1).close()
+    assert path.read_text().endswith("[\n" + line)
+
+
+def test_an_event_is_not_lost_and_no_file_is_made_without_one(tmp_path):
+    """A run that is killed closes nothing; one that was finished writes nothing."""
+    writer = MetricsWriter(tmp_path)
+    assert not (tmp_path / TENSORBOARD_FOLDER).exists()
+    writer.write(1, {"x": 2.0})
+    assert [e.step for e in read_events(tmp_path) if e.summary.value] == [1]
 
 
 def test_a_missing_file_is_named(tmp_path):
