@@ -40,7 +40,14 @@ LONGEST_SECONDS = 300
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
-    ["caat_jax.command_line", "caat_jax.training.loop", "caat_jax.step_time.report"]
+    [
+        "caat_jax.command_line",
+        "caat_jax.training.loop",
+        "caat_jax.training.tensorboard",
+        "caat_jax.evaluation.report",
+        "caat_jax.inference.text",
+        "caat_jax.step_time.report",
+    ]
 )
 
 
