@@ -24,6 +24,16 @@ NOTHING_READ = {"next_batch": 0}
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
+# What to do where a run's batches have changed.
+_REMEDIES = {
+    "tokens": "; the text of a run stays the same: bring back the files of data.files, the"
+    " data.tokenizer and the rules for held-out documents that it began with, or give another"
+    " --workdir",
+    "global_batch": "; the batch of a run stays the same (train.accumulation_steps makes it fit"
+    " into less memory): give back the old train.global_batch, or another --workdir",
+}
+
+
 class TrainBatches:
     """An endless iterator of int32 [B, T+1] global arrays; see `train_batches`."""
 
@@ -68,7 +78,7 @@ class TrainBatches:
             if state.get(name) != value:
                 raise InputError(
                     f"the batches cannot resume where they were: {name} was {state.get(name)} and"
-                    f" is now {value}"
+                    f" is now {value}{_REMEDIES.get(name, '')}"
                 )
         self.seek(state["next_batch"])
 

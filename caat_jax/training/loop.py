@@ -11,7 +11,7 @@ import tqdm
 from jax.sharding import Mesh
 
 from caat_jax.checkpoints import workdir as workdir_lib
-from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.checkpoints.checkpoints import Checkpoints, stored_config
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.data import carried_tokenizer
@@ -22,6 +22,7 @@ from caat_jax.devices.dispatch import one_program_at_a_time
 from caat_jax.devices.processes import StopRequest
 from caat_jax.errors import Diverged, Interrupted
 from caat_jax.training.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
+from caat_jax.training.optimizer import learning_rate
 from caat_jax.training.step import Programs, TrainState
 from caat_jax.training.validation import validation_loss
 
@@ -73,6 +74,7 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         else:
             state, data_state = checkpoints.restore(newest, programs.state_shapes)
             batches.set_state(data_state)
+            _report_another_decay(stored_config(checkpoints.folder, newest), config, newest)
         if processes.is_first():
             carried_tokenizer.carry(config.data.tokenizer, workdir)
         done = newest or 0
@@ -85,6 +87,19 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
                 )
         programs = Programs(config.at_step(done), mesh)
         return done, validation_loss(programs, state.parameters, cache.validation)
+
+
+def _report_another_decay(stored: Config, config: Config, done: int) -> None:
+    """Says so where the learning rate will not go on as it was planned."""
+    before, now = stored.optimizer, config.optimizer
+    if done and before.decay_steps != now.decay_steps and processes.is_first():
+        rates = [float(learning_rate(optimizer)(done)) for optimizer in (before, now)]
+        print(
+            f"optimizer.decay_steps was {before.decay_steps} and is now {now.decay_steps}: at step"
+            f" {done} the learning rate changes from {rates[0]:.3g} to {rates[1]:.3g};"
+            f" --config.optimizer.decay_steps={before.decay_steps} keeps its course",
+            file=sys.stderr,
+        )
 
 
 def _loop(

@@ -141,6 +141,14 @@ def test_each_step_is_in_the_metrics_once(resumed):
     assert list(series(resumed, "eval/loss")) == [10, 20]
 
 
+def test_another_decay_is_said(make_config, finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    loop.train(make_config({"train.steps": 22, "optimizer.decay_steps": 99}), workdir)
+    said = capsys.readouterr().err
+    assert "optimizer.decay_steps was 20 and is now 99: at step 20 the learning rate" in said
+    assert "--config.optimizer.decay_steps=20 keeps its course" in said
+
+
 def test_finished_run_started_again_changes_nothing(make_config, finished):
     workdir, loss = finished
     metrics, saved = lines_of(workdir), content(workdir / "checkpoints")
@@ -160,7 +168,10 @@ def test_old_checkpoints_are_deleted(make_config, finished):
     ("fields", "said"),
     [
         ({"seed": 1}, "seed was 0 and is now 1"),
-        ({"train.global_batch": 16}, "global_batch was 8 and is now 16"),
+        (
+            {"train.global_batch": 16},
+            "is now 16; the batch of a run stays the same",
+        ),
         ({"data.sequence_length": 16}, "sequence_length was 32 and is now 16"),
         ({"data.holdout_every": 2}, "tokens was"),
         ({"model.sync_factor": 1.0}, "model.sync_factors: stored 0.5, requested 1.0"),
