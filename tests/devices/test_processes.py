@@ -99,7 +99,7 @@ def test_sigterm_to_one_stops_all_and_fewer_go_on(corpus, alone, tmp_path):
     ("field", "values"),
     [
         ("seed", (0, 1)),
-        ("optimizer.peak_learning_rate", (0.01, 0.02)),
+        pytest.param("optimizer.peak_learning_rate", (0.01, 0.02), marks=pytest.mark.slow),
         pytest.param("model.sync_factor", (0.5, 0.25), marks=pytest.mark.slow),
         pytest.param("train.steps", (20, 30), marks=pytest.mark.slow),
         pytest.param("train.global_batch", (8, 16), marks=pytest.mark.slow),
@@ -134,7 +134,7 @@ def test_processes_with_different_documents_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_one_process_cannot_do_ends_all(corpus, tmp_path, failing):
     """Here, reading a tokeniser that is not on its machine."""
     homes = [tmp_path / name for name in ("home0", "home1")]
@@ -169,7 +169,9 @@ def test_a_lost_process_ends_the_others(corpus, tmp_path, killed):
     assert runs.checkpoint_steps(workdir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_before_the_first_step(corpus, tmp_path, number):
     run = Run(tmp_path / "run", corpus | ENDLESS)
     run.wait_until(lambda: "compiling" in run.output)
