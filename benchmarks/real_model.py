@@ -11,8 +11,7 @@ for each comparison, and exits with code 1 after the first that fails:
 - greedy continuations of prompts, one in two of them a chat, are the same tokens;
 - the mean loss on English documentation differs by at most 1e-4;
 - the exported tensors are the imported ones, bit for bit;
-- log-likelihoods of answers to questions differ by at most 1e-4 a token from those of lm_eval's `hf`
-  model.
+- log-likelihoods of answers to questions differ by at most 1e-4 a token from lm_eval's `hf`.
 """
 
 import importlib.util
