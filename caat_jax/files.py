@@ -191,7 +191,7 @@ def parse_json(text: str | bytes, kind: type[_Json]) -> _Json:
     if len(text) > LARGEST_JSON_BYTES:
         raise ValueError(f"it has more than {LARGEST_JSON_BYTES:,} bytes")
     try:
-        value = _DECODER.decode(text if isinstance(text, str) else text.decode())
+        value = _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("its objects and lists are nested too deep") from None
     if type(value) is not kind:

@@ -184,7 +184,8 @@ def test_step_zero_of_an_import_evaluates(tmp_path, capsys):
         sequence_length=16,
     )
     config = dataclasses.replace(config, data=data)
-    loss = report.evaluate_checkpoint(tmp_path / "run", step, config).loss
+    cache = str(tmp_path / "cache")
+    loss = report.evaluate_checkpoint(tmp_path / "run", step, config, cache).loss
     sequences = open_cache(data, tokenizer_of(config, tmp_path / "run")).validation
     rows = np.stack([sequences[i] for i in range(len(sequences))])
     ours = our_logits(tmp_path / "run", rows=np.maximum(rows[:, :-1], 0))[0]
