@@ -198,7 +198,8 @@ def test_batch_size_and_order_change_nothing(workdir):
     once = model(workdir, rows=4).loglikelihood(requests(*PAIRS))
     again = model(workdir, rows=2).loglikelihood(requests(*reversed(PAIRS)))[::-1]
     for score, other in zip(once, again, strict=True):
-        assert score[0] == pytest.approx(other[0], abs=1e-5) and score[1] == other[1]
+        # Hundreds of nats, in float32.
+        assert score[0] == pytest.approx(other[0], rel=1e-7, abs=1e-5) and score[1] == other[1]
 
 
 def test_continuation_longer_than_the_model_reads(workdir):
