@@ -83,7 +83,7 @@ class InferencePrograms:
         self._layout = layout = WeightLayout(config, mesh)
         self._dtype = layout.dtype
         forward = jnp.dtype(config.compute.forward_wire_dtype)
-        self._wire = Wire(forward, forward)
+        self._wire = Wire(forward, forward, sharding.platform(mesh) == "tpu")
         axes = ("layers",) if layout.is_stacked else ()
         rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
         self._cache_specs = (LayerCache(rows, rows),) * len(layout.spans)
@@ -236,7 +236,9 @@ class InferencePrograms:
         rotation = layers.rotary_angles(jnp.arange(slots), arch)
 
         def apply(stream: Stream, layer: LayerWeights) -> tuple[Stream, LayerCache]:
-            query, key, value = layers.query_key_value(stream, layer.attention, rotation, arch)
+            query, key, value = layers.query_key_value(
+                stream, layer.attention, rotation, arch, for_tpu=wire.for_tpu
+            )
             with jax.named_scope(ATTENTION_SCOPE):
                 attended = self._layout.blueprint.attend(query, key, value)
             stream = layers.add_attended(stream, attended, layer.attention, wire)
@@ -300,7 +302,9 @@ class InferencePrograms:
                 new = lax.expand_dims(attention.cache_rows(new), range(len(place)))
                 return lax.dynamic_update_slice(old, new, (*place, 0, slot, 0))
 
-            query, key, value = layers.query_key_value(stream, layer.attention, rotation, arch)
+            query, key, value = layers.query_key_value(
+                stream, layer.attention, rotation, arch, for_tpu=wire.for_tpu
+            )
             with jax.named_scope(ATTENTION_SCOPE):
                 cache = LayerCache(write(cache.key, key), write(cache.value, value))
                 key, value = (
@@ -342,5 +346,11 @@ class InferencePrograms:
     def _logits(self, weights: Weights, stream: Stream) -> jax.Array:
         """Of streams of one position, float32 [G, B, this device's part of V]."""
         epsilon = self.config.model.norm_epsilon
-        logits = norm_and_project(stream, weights.head, epsilon=epsilon, out_dtype=jnp.float32)
+        logits = norm_and_project(
+            stream,
+            weights.head,
+            epsilon=epsilon,
+            out_dtype=jnp.float32,
+            for_tpu=self._wire.for_tpu,
+        )
         return logits[:, :, 0]

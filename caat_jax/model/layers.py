@@ -65,7 +65,9 @@ class Attention(nnx.Module):
     ) -> Stream:
         """The streams after the sublayer; `rotation` is that of `rotary_angles`."""
         weights = self.sublayer_weights(stream.grouping, sync_width, stream.common.dtype)
-        query, key, value = query_key_value(stream, weights, rotation, self.arch)
+        query, key, value = query_key_value(
+            stream, weights, rotation, self.arch, for_tpu=wire.for_tpu
+        )
         with jax.named_scope(ATTENTION_SCOPE):
             attended = self.attend(query, key, value)
         return add_attended(stream, attended, weights, wire)
@@ -121,9 +123,11 @@ def query_key_value(
     weights: SublayerWeights,
     rotation: tuple[jax.Array, jax.Array],
     arch: Architecture,
+    *,
+    for_tpu: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query [G, B, T, H, h], key and value [G, B, T, K, h]; query and key are rotated."""
-    projected = norm_and_project(stream, weights.inputs, epsilon=arch.norm_epsilon)
+    projected = norm_and_project(stream, weights.inputs, epsilon=arch.norm_epsilon, for_tpu=for_tpu)
     # A group has the same part of all query, key and value heads.
     columns = projected.shape[-1]
     keys = columns * arch.computed_kv_heads // (arch.heads + 2 * arch.computed_kv_heads)
@@ -144,7 +148,9 @@ def add_attended(
 
 def mlp(stream: Stream, weights: SublayerWeights, arch: Architecture, wire: Wire) -> Stream:
     """The streams after an MLP sublayer."""
-    projected = norm_and_project(stream, weights.inputs, epsilon=arch.norm_epsilon)
+    projected = norm_and_project(
+        stream, weights.inputs, epsilon=arch.norm_epsilon, for_tpu=wire.for_tpu
+    )
     return partial_sync.project_and_add(stream, swiglu(projected), weights, wire)
 
 

@@ -19,10 +19,11 @@ REDUCED = "partial_channel_reduce"
 
 
 class Wire(NamedTuple):
-    """The types in which a reduction travels, forward and backward."""
+    """How a reduction travels: its types, and which compiler arranges what runs beside it."""
 
     forward: jnp.dtype
     backward: jnp.dtype
+    for_tpu: bool  # see `norm_product.py`
 
 
 def all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:

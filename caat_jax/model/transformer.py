@@ -76,7 +76,9 @@ class Layer(nnx.Module):
 class Transformer(nnx.Module):
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, arch: Architecture, compute: Compute, attend: Attend, rngs: nnx.Rngs):
+    def __init__(
+        self, arch: Architecture, compute: Compute, attend: Attend, for_tpu: bool, rngs: nnx.Rngs
+    ):
         D, V = arch.embed_dim, arch.vocab_size
         # Untied, the table is split by channel: gathering channels sends half of what summing
         # rows does.  A head needs its vocabulary split, so a tied one decides for both.
@@ -89,7 +91,9 @@ class Transformer(nnx.Module):
         self.arch = arch
         self.dtype = jnp.dtype(compute.dtype)
         self.wire = Wire(
-            jnp.dtype(compute.forward_wire_dtype), jnp.dtype(compute.backward_wire_dtype)
+            jnp.dtype(compute.forward_wire_dtype),
+            jnp.dtype(compute.backward_wire_dtype),
+            for_tpu,
         )
         self.remat = compute.remat
         self.scan_layers = compute.scan_layers
@@ -141,7 +145,11 @@ class Transformer(nnx.Module):
             self.final_norm[...], weights, common_width, self.dtype
         )
         return norm_and_project(
-            stream, columns, epsilon=self.arch.norm_epsilon, out_dtype=jnp.float32
+            stream,
+            columns,
+            epsilon=self.arch.norm_epsilon,
+            out_dtype=jnp.float32,
+            for_tpu=self.wire.for_tpu,
         )
 
     def _gathered(self, parameter: nnx.Param) -> jax.Array:
@@ -172,7 +180,7 @@ class Blueprint:
         self.attend = attention.kernel(self.attention, platform)
 
         def build(rngs: nnx.Rngs) -> Transformer:
-            return Transformer(arch, compute, self.attend, rngs)
+            return Transformer(arch, compute, self.attend, platform == "tpu", rngs)
 
         self._build = build
         self._graph, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from caat_jax.model import transformer
+from caat_jax.model.reductions import Wire
 from tests import models, reference
 
 TOLERANCE = 1e-5  # of a tensor's largest magnitude
@@ -153,6 +155,13 @@ def test_shards_share_key_and_value_heads(S, M, kv_heads, p):
 def test_attention_over_several_blocks(M):
     """150 positions are three blocks of queries, the last of them short."""
     check(config_of(4, M, OPTIONS[0], sync_factor=0.5), sequences=2, length=150)
+
+
+@pytest.mark.parametrize("M", [2, 8])
+def test_products_as_arranged_for_tpus(M, monkeypatch):
+    """Another order, and backward one product of all channels; here on CPUs."""
+    monkeypatch.setattr(transformer, "Wire", lambda *types: Wire(*types[:2], for_tpu=True))
+    check(config_of(8, M, CHOICES[0], sync_factor=0.5))
 
 
 @pytest.mark.parametrize(("M", "remat"), [(1, False), (2, True), (8, True)])
