@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("loaded") / "run"
     with Checkpoints(workdir) as checkpoints:
         state = programs.fresh_state(models.on_mesh(programs, parameters))
-        checkpoints.save(state, 3, config, NOTHING_READ)
+        checkpoints.save(state, 0, config, NOTHING_READ)
     return workdir, config, parameters
 
 

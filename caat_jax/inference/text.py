@@ -74,23 +74,30 @@ class Continuation:
     def add(self, token: int) -> str:
         """The text that this token completes; empty while a character lacks bytes."""
         self._pending.append(token)
-        text = self._text()
-        if text.endswith(_NOT_UTF8) and len(self._pending) <= _LONGEST_UNFINISHED:
+        whole = self._text(self._pending)
+        if not whole.endswith(_NOT_UTF8):
+            self._before, self._pending = self._pending, []
+            return whole
+        if len(self._pending) <= _LONGEST_UNFINISHED:
             return ""
-        self._before, self._pending = self._pending, []
+        # Nothing completes the first of them any more; the others may be of another character.
+        first, self._pending = self._pending[:1], self._pending[1:]
+        text = self._text(first)
+        self._before = first
         return text
 
     def finish(self) -> str:
         """What was held back: bytes that no others completed, as replacement characters."""
-        return self._text() if self._pending else ""
+        return self._text(self._pending) if self._pending else ""
 
-    def _text(self) -> str:
+    def _text(self, tokens: list[int]) -> str:
+        """That of tokens after those before."""
         before = self._tokenizer.decode(self._before)
-        both = self._tokenizer.decode([*self._before, *self._pending])
+        both = self._tokenizer.decode([*self._before, *tokens])
         if both.startswith(before):
             return both[len(before) :]
         # Incomplete bytes can spoil the bytes before them, which have been shown already.
-        return self._tokenizer.decode(self._pending)
+        return self._tokenizer.decode(tokens)
 
 
 def _texts(

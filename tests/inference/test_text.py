@@ -13,7 +13,15 @@ from tests.data.test_token_roles import write_json, write_tokenizer
 
 @pytest.mark.parametrize(
     "content",
-    ["plain", "é€😀", b"a\xe2\x82b", b"\xff\xff\xff\xff\xffa", b"\xf0\x9f\x98", b""],
+    [
+        "plain",
+        "é€😀",
+        b"a\xe2\x82b",
+        b"\xff\xff\xff\xff\xffa",
+        b"\xf0\x9f\x98",
+        b"\xff\xfe\xfd\xd9\x91n",
+        b"",
+    ],
     ids=repr,
 )
 def test_pieces_are_whole_characters_and_together_all(content):

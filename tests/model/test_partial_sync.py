@@ -161,7 +161,7 @@ def test_attention_over_several_blocks(M):
 def test_products_as_arranged_for_tpus(M, monkeypatch):
     """Another order, and backward one product of all channels; here on CPUs."""
     monkeypatch.setattr(transformer, "Wire", lambda *types: Wire(*types[:2], for_tpu=True))
-    check(config_of(8, M, CHOICES[0], sync_factor=0.5))
+    check(config_of(8, M, OPTIONS[0], sync_factor=0.5))
 
 
 @pytest.mark.parametrize(("M", "remat"), [(1, False), (2, True), (8, True)])
