@@ -101,6 +101,7 @@ def run_here(command, folder, simulate_devices=lambda mesh: None):
 
     It costs a hundredth, but what a script leaves behind stays: settings of JAX and of loggers.
     """
+    hidden = _hide_flags_of_commands()
     defined = set(flags.FLAGS)
     outputs = io.StringIO(), io.StringIO()
     with (
@@ -123,8 +124,24 @@ def run_here(command, folder, simulate_devices=lambda mesh: None):
             code = end.code or 0
         finally:
             _delete_flags(command[0], defined)
+            for module, flag in hidden:
+                flags.FLAGS[flag.name] = flag
+                flags.FLAGS.register_flag_by_module(module, flag)
             flags.FLAGS.unparse_flags()
     return code, *(output.getvalue() for output in outputs)
+
+
+def _hide_flags_of_commands():
+    """Takes away the flags of commands that a test has imported: another may have the same."""
+    hidden = [
+        (module, flag)
+        for module, found in flags.FLAGS.flags_by_module_dict().items()
+        if module.startswith("caat_jax.") and module.endswith(".__main__")
+        for flag in found
+    ]
+    for _, flag in hidden:
+        delattr(flags.FLAGS, flag.name)
+    return hidden
 
 
 def _delete_flags(script, kept):

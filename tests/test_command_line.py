@@ -11,6 +11,7 @@ import sys
 import pytest
 import sentencepiece
 
+import caat_jax.evaluation
 from tests.command_line import (
     SMALL,
     TINY,
@@ -90,7 +91,7 @@ def small(texts, tmp_path):
         *(
             (
                 [TINY, f"--config.data.{field}=~nobody_here/x"],
-                [f"data.{field}=~nobody_here/x", "~nobody_here is"],
+                [f"data.{field}=~nobody_here/x: there is no user nobody_here"],
             )
             for field in ("tokenizer", "cache_dir")
         ),
@@ -271,6 +272,7 @@ def test_evaluation_refuses_flags(run, tmp_path, arguments, said):
 def test_tasks_without_lm_eval(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "caat_jax.evaluation.harness", raising=False)
+    monkeypatch.delattr(caat_jax.evaluation, "harness", raising=False)  # of an earlier import
     result = run("eval.py", "--workdir=/nonexistent/x", "--tasks=piqa")
     assert_refused(result, "lm_eval", "not installed", "pip install")
 

@@ -23,7 +23,7 @@ class Wire(NamedTuple):
 
     forward: jnp.dtype
     backward: jnp.dtype
-    for_tpu: bool  # see `norm_product.py`
+    for_tpu: bool = False  # see `norm_product.py`
 
 
 def all_reduce(partial: jax.Array, wire: Wire) -> jax.Array:

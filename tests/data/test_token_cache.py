@@ -114,7 +114,7 @@ def test_killed_build_goes_on(data_config, texts, monkeypatch, after):
         patch.setattr(Watched, "encode_batch", killing(Watched.encode_batch))
         patch.setattr(os, "fsync", killing(os.fsync))
         patch.setattr(os, "replace", killing(os.replace))
-        patch.setattr(corpora, "open_corpus", lambda data: corpus)
+        patch.setattr(corpora, "open_corpus", lambda *_: corpus)
         with pytest.raises(_Killed):
             token_cache.open_cache(data, Watched())
     for path in Path(data.cache_dir).glob("tokens/*/*.bin"):

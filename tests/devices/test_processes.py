@@ -142,7 +142,9 @@ def test_what_one_process_cannot_do_ends_all(corpus, tmp_path, failing):
         home.mkdir()
         if number != failing:
             words = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "?": 2}, "?")
-            tokenizers.Tokenizer(words).save(str(home / "letters.json"))
+            tokenizer = tokenizers.Tokenizer(words)
+            tokenizer.add_special_tokens(["<s>", "</s>"])
+            tokenizer.save(str(home / "letters.json"))
     fields = corpus | {"data.tokenizer": "~/letters.json"}
     processes = [
         Run(tmp_path / "run", fields, *flags, devices=1, environment={"HOME": str(home)})

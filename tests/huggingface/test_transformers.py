@@ -127,7 +127,7 @@ def workdirs(tmp_path_factory):
         sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
         parameters = models.on_mesh(programs, reference.random_parameters(7, **sizes))
         with Checkpoints(folder / name) as checkpoints:
-            checkpoints.save(programs.fresh_state(parameters), 3, config, NOTHING_READ)
+            checkpoints.save(programs.fresh_state(parameters), 0, config, NOTHING_READ)
     return folder
 
 

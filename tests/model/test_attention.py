@@ -145,4 +145,5 @@ def test_kernel_of_each_platform():
 @pytest.mark.parametrize(("given", "chosen"), [("auto", "plain"), ("splash", "splash")])
 def test_programs_choose_for_their_mesh(given, chosen):
     """The simulated devices are CPUs; `test_partial_sync.py` has the whole model with splash."""
-    assert models.programs(models.small_config(compute=dict(attention=given))).attention == chosen
+    programs = models.programs(models.small_config(compute=dict(attention=given)))
+    assert programs.blueprint.attention == chosen
