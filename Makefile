@@ -7,7 +7,8 @@ CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
 # Two at a time, each with files of its own: most of a test is compiling, which one thread does.
-PYTEST := bin/python -m pytest --numprocesses=2 --dist=loadfile
+# tests/conftest.py says which files come first.
+PYTEST := bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 # A lock is complete; were it to resolve dependencies again, older pips would meet newer releases.
 INSTALL_LOCK := $(INSTALL) --no-deps --require-hashes

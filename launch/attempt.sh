@@ -9,9 +9,11 @@
 workdir=$1
 shift
 
+child='' stopped=''
+trap 'stopped=1; [ -z "$child" ] || kill -TERM $child' TERM INT # before there is a command to stop
 "$@" &
 child=$!
-trap 'kill -TERM $child' TERM INT
+[ -z "$stopped" ] || kill -TERM $child
 wait $child
 code=$?
 while kill -0 $child 2>/dev/null; do # a signal has ended the wait, and not yet the command
