@@ -213,12 +213,11 @@ def test_metrics(make_config, finished):
         assert speed * times[step] / 1000 == pytest.approx(BATCH * LENGTH)
 
 
-def test_step_times_are_those_of_one_step(finished):
-    """Also around evaluations and checkpoints, where the clock stops."""
+def test_every_step_has_its_time(finished):
+    """That the clock stops around evaluations and saves is the throughput's (`test_metrics.py`)."""
     times = series(finished[0], "step_time_ms")
-    del times[1], times[PROFILED]  # compiled there, and traced
-    typical = np.median(list(times.values()))
-    assert [step for step, time in times.items() if not typical / 5 < time < typical * 20] == []
+    assert sorted(times) == sorted(series(finished[0], "train/loss"))
+    assert all(0 < time < np.inf for time in times.values())
 
 
 def test_one_program_at_a_time(make_config, tmp_path, monkeypatch):
