@@ -10,12 +10,14 @@ import fcntl
 import json
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from caat_jax.errors import InputError
 
+_CHUNK_BYTES = 1 << 22
 LARGEST_JSON_BYTES = 1 << 26
 DEEPEST_JSON = 32  # objects and lists within each other
 
@@ -214,3 +216,18 @@ def _refuse_constant(constant: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def names_below(folder: Path) -> set[str]:
+    """What lies below a folder and is not a folder itself, links included: names relative to it."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)) for path in paths}
+
+
+def crc32(path: Path) -> int:
+    """The CRC-32 of a regular file's content; raises as `open_regular` does."""
+    digest = 0
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest = zlib.crc32(chunk, digest)
+    return digest

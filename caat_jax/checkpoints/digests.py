@@ -5,7 +5,6 @@ CRC-32 misses no damage within 32 successive bits, and of any other kind one in 
 """
 
 import json
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from caat_jax.errors import InputError
 FILE = "digests.json"
 
 _THREADS = 8  # zlib leaves the interpreter's lock; more would only fight over the disk
-_CHUNK_BYTES = 1 << 22
 
 # The first checkpoints had `{NAME: CRC-32}`.  They counted these, which Orbax wrote to after the
 # digests had been taken, and which nothing needs.
@@ -24,7 +22,7 @@ _UNRELIABLE = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 def write(folder: Path) -> None:
     """Writes `folder/digests.json` about all files below the folder, and all of it to the disk."""
-    names = sorted(_names(folder))
+    names = sorted(files.names_below(folder) - {FILE})
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = list(pool.map(lambda name: _synchronised(folder / name), names))
     for path in folder.rglob("*"):
@@ -42,7 +40,7 @@ def damage(folder: Path) -> str | None:
         return f"{FILE}: {error.strerror}"
     except InputError:
         return f"{FILE} is damaged"
-    names = _names(folder)
+    names = files.names_below(folder) - {FILE}
     digests = content.get("files")
     if digests is None:
         digests = {name: [None, digest] for name, digest in content.items()}
@@ -57,19 +55,13 @@ def damage(folder: Path) -> str | None:
         return next((difference for difference in found if difference), None)
 
 
-def _names(folder: Path) -> set[str]:
-    """What lies below the folder and is not a folder, but for the file of digests."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {str(path.relative_to(folder)) for path in paths} - {FILE}
-
-
 def _difference(path: Path, name: str, expected: object) -> str | None:
     if path.is_symlink():
         return f"{name} is a link"
     try:
         size = path.stat().st_size
         known = isinstance(expected, list) and len(expected) == 2 and expected[0] in (None, size)
-        return None if known and _digest(path) == expected[1] else f"{name} is damaged"
+        return None if known and files.crc32(path) == expected[1] else f"{name} is damaged"
     except OSError as error:
         return f"{name}: {error.strerror}"
     except InputError:
@@ -78,12 +70,4 @@ def _difference(path: Path, name: str, expected: object) -> str | None:
 
 def _synchronised(path: Path) -> list[int]:
     files.sync(path)
-    return [path.stat().st_size, _digest(path)]
-
-
-def _digest(path: Path) -> int:
-    digest = 0
-    with files.open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest = zlib.crc32(chunk, digest)
-    return digest
+    return [path.stat().st_size, files.crc32(path)]

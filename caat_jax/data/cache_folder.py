@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from caat_jax import files
 from caat_jax.errors import InputError
 
 SEAL = "sealed.json"
-
-_CHUNK_BYTES = 1 << 22
 
 
 def not_prepared(folder: Path) -> InputError:
@@ -33,11 +30,11 @@ def key_of(*parts: Any) -> str:
 def seal(folder: Path) -> None:
     """Notes the size, the time of change and the CRC-32 of every file below, on the disk."""
     entries = {}
-    for name in _names(folder):
+    for name in files.names_below(folder) - {SEAL}:
         path = folder / name
         files.sync(path)
         status = path.stat()
-        entries[name] = [status.st_size, status.st_mtime_ns, _digest(path)]
+        entries[name] = [status.st_size, status.st_mtime_ns, files.crc32(path)]
     files.write(folder / SEAL, json.dumps(entries, indent=0) + "\n")
 
 
@@ -52,7 +49,7 @@ def damage(folder: Path) -> str | None:
         return f"{SEAL} is missing"
     except InputError:
         return f"{SEAL} is damaged"
-    names = _names(folder)
+    names = files.names_below(folder) - {SEAL}
     for name in sorted(names ^ entries.keys()):
         return f"{name} is {'too many' if name in names else 'missing'}"
     for name, entry in entries.items():
@@ -61,22 +58,9 @@ def damage(folder: Path) -> str | None:
             return f"{name} is not a regular file"
         status = path.stat()
         if entry != [status.st_size, status.st_mtime_ns, entry[-1]]:
-            if entry != [status.st_size, entry[1], _digest(path)]:
+            if entry != [status.st_size, entry[1], files.crc32(path)]:
                 return f"{name} is damaged"
     return None
-
-
-def _names(folder: Path) -> set[str]:
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {str(path.relative_to(folder)) for path in paths} - {SEAL}
-
-
-def _digest(path: Path) -> int:
-    digest = 0
-    with files.open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest = zlib.crc32(chunk, digest)
-    return digest
 
 
 @contextlib.contextmanager
