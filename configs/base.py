@@ -47,8 +47,14 @@ def get_config() -> ConfigDict:
     config.compute = ConfigDict(
         dict(
             dtype="float32",  # of activations and matrix products: float32 or bfloat16
-            forward_wire_dtype="",  # of the forward partial channel-reduce; empty: same as dtype
-            backward_wire_dtype="float32",  # of its transpose, in the backward pass
+            # In which type the forward partial channel-reduce travels: float32, bfloat16, or, with
+            # a scale for each block of channels, int8 or float8_e4m3fn; empty: same as dtype.
+            forward_wire_dtype="",
+            backward_wire_dtype="float32",  # its transpose, in the backward pass; also float8_e5m2
+            wire_block=128,  # the most channels of a token that share a scale
+            # Round on any mesh, one device included, as on mesh.model = tp_shards: for studies of
+            # the types above.  Slower where a device holds several shards.
+            emulate_wires=False,
             remat=False,  # recompute each layer in the backward pass (its all-reduces excepted)
             scan_layers=True,  # False unrolls the layers: slower to compile, faster on CPUs
             # plain, splash (the TPU kernel; interpreted elsewhere, for tests) or cudnn (NVIDIA

@@ -26,7 +26,7 @@ Parameters are a nested dict of arrays with a dense Llama's global shapes:
     head [D, V]      absent when tied: then the output matrix is embedding.T
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,22 +176,37 @@ def mlp_backward(d_out_BTD, weights, gradients, saved, rope):
 # ---- The rule, and a sublayer over all shards -----------------------------------------------
 
 
-def partial_channel_reduce(y_SBTD, sync_width):
-    """y_j -> z_j: the first `sync_width` channels summed over shards, the others times √S."""
+def exact(x):
+    """A wire that rounds nothing; others are functions of what is sent [..., d], too."""
+    return x
+
+
+def partial_channel_reduce(y_SBTD, sync_width, wire=exact):
+    """y_j -> z_j: the first `sync_width` channels summed over shards, the others times √S.
+
+    What the shards send is rounded by the wire, and so is their sum.
+    """
     S = len(y_SBTD)
     z_SBTD = np.empty_like(y_SBTD)
     for j in range(S):
-        z_SBTD[j, ..., :sync_width] = sum(y_SBTD[k, ..., :sync_width] for k in range(S))
+        if sync_width:
+            sent = [wire(y_SBTD[k, ..., :sync_width]) for k in range(S)]
+            z_SBTD[j, ..., :sync_width] = wire(sum(sent))
         z_SBTD[j, ..., sync_width:] = np.sqrt(S) * y_SBTD[j, ..., sync_width:]
     return z_SBTD
 
 
-def partial_channel_reduce_backward(d_z_SBTD, sync_width):
-    """y_j's shared part went into every shard's z_k: its gradient is the sum over those k."""
+def partial_channel_reduce_backward(d_z_SBTD, sync_width, wire=exact):
+    """y_j's shared part went into every shard's z_k: its gradient is the sum over those k.
+
+    The forward's rounding counts as the identity; the gradients are rounded on their own way.
+    """
     S = len(d_z_SBTD)
     d_y_SBTD = np.empty_like(d_z_SBTD)
     for j in range(S):
-        d_y_SBTD[j, ..., :sync_width] = sum(d_z_SBTD[k, ..., :sync_width] for k in range(S))
+        if sync_width:
+            sent = [wire(d_z_SBTD[k, ..., :sync_width]) for k in range(S)]
+            d_y_SBTD[j, ..., :sync_width] = wire(sum(sent))
         d_y_SBTD[j, ..., sync_width:] = np.sqrt(S) * d_z_SBTD[j, ..., sync_width:]
     return d_y_SBTD
 
@@ -216,7 +231,7 @@ def weights_of_shard(sublayer_weights, n, j, S):
     return parts
 
 
-def sublayer(function, x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon):
+def sublayer(function, x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon, wire):
     """x_j + z_j on every shard, where y_j = function(RMSNorm(x_j), the weights of shard j)."""
     outputs, saved = [], []
     for x_BTD, weights in zip(x_SBTD, weights_by_shard, strict=True):
@@ -224,14 +239,14 @@ def sublayer(function, x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon)
         out_BTD, function_saved = function(hidden_BTD, weights, rope)
         outputs.append(out_BTD)
         saved.append((norm_saved, function_saved))
-    return x_SBTD + partial_channel_reduce(np.stack(outputs), sync_width), saved
+    return x_SBTD + partial_channel_reduce(np.stack(outputs), sync_width, wire), saved
 
 
 def sublayer_backward(
-    function_backward, d_x_SBTD, weights_by_shard, gradients_by_shard, saved, sync_width, rope
+    function_backward, d_x_SBTD, weights_by_shard, gradients_by_shard, saved, sync_width, rope, wire
 ):
     """Gradient of the new streams -> of the old ones: through the residual and the function."""
-    d_y_SBTD = partial_channel_reduce_backward(d_x_SBTD, sync_width)
+    d_y_SBTD = partial_channel_reduce_backward(d_x_SBTD, sync_width, wire)
     d_old_x_SBTD = d_x_SBTD.copy()
     for j, (norm_saved, function_saved) in enumerate(saved):
         weights, gradients = weights_by_shard[j], gradients_by_shard[j]
@@ -262,6 +277,11 @@ def embedding_lookup_backward(d_out_BTD, gradient_VD, tokens_BT, S):
         mine_BT = tokens_BT // rows == j
         gradient_of_shard = part_of_shard(gradient_VD, 0, j, S)
         np.add.at(gradient_of_shard, tokens_BT[mine_BT] - j * rows, d_out_BTD[mine_BT])
+
+
+def in_parts(x_BTD, S, wire):
+    """x as it arrives where every shard sends its D/S channels to all, or to their owner."""
+    return np.concatenate([wire(part) for part in np.split(x_BTD, S, axis=-1)], axis=-1)
 
 
 def output_matrix(params):
@@ -367,15 +387,20 @@ def sublayers_in_order(sync_widths):
         yield n, "mlp", mlp_width
 
 
-def run_forward(params, tokens_BT, S, sync_widths, rope, norm_epsilon):
+def run_forward(params, tokens_BT, S, sync_widths, rope, norm_epsilon, wire=exact):
     """-> S logit parts [B, T, V/S], streams after each sublayer, what the backward needs."""
     validate(params, tokens_BT, S, sync_widths)
-    x_SBTD = np.stack([embedding_lookup(params["embedding"], tokens_BT, S)] * S)
+    embedded_BTD = embedding_lookup(params["embedding"], tokens_BT, S)
+    if "head" in params:  # an untied table's shards hold channels, a tied one's hold rows
+        embedded_BTD = in_parts(embedded_BTD, S, wire)
+    else:
+        embedded_BTD = wire(wire(embedded_BTD))
+    x_SBTD = np.stack([embedded_BTD] * S)
     streams, sublayers_saved = [], []
     for n, name, sync_width in sublayers_in_order(sync_widths):
         weights_by_shard = [weights_of_shard(params["layers"][name], n, j, S) for j in range(S)]
         x_SBTD, saved = sublayer(
-            SUBLAYERS[name][0], x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon
+            SUBLAYERS[name][0], x_SBTD, weights_by_shard, sync_width, rope, norm_epsilon, wire
         )
         streams.append(x_SBTD)
         sublayers_saved.append(saved)
@@ -383,7 +408,7 @@ def run_forward(params, tokens_BT, S, sync_widths, rope, norm_epsilon):
     return logits, streams, (sublayers_saved, head_saved)
 
 
-def run_backward(d_logits, params, tokens_BT, S, sync_widths, rope, saved):
+def run_backward(d_logits, params, tokens_BT, S, sync_widths, rope, saved, wire=exact):
     """Gradient of the S logit parts -> gradient of every parameter."""
     sublayers_saved, head_saved = saved
     gradients = map_arrays(np.zeros_like, params)
@@ -397,9 +422,14 @@ def run_backward(d_logits, params, tokens_BT, S, sync_widths, rope, saved):
             sublayers_saved.pop(),
             sync_width,
             rope,
+            wire,
         )
     # Every shard's stream began as the same embedding: all D channels are summed.
-    embedding_lookup_backward(d_x_SBTD.sum(axis=0), gradients["embedding"], tokens_BT, S)
+    if "head" in params:
+        d_embedded_BTD = sum(in_parts(d_x_BTD, S, wire) for d_x_BTD in d_x_SBTD)
+    else:
+        d_embedded_BTD = wire(sum(wire(d_x_BTD) for d_x_BTD in d_x_SBTD))
+    embedding_lookup_backward(d_embedded_BTD, gradients["embedding"], tokens_BT, S)
     return gradients
 
 
@@ -412,11 +442,14 @@ def forward(
     rope_base: float,
     rope_scaling: tuple | None = None,
     norm_epsilon: float,
+    wire: Callable = exact,
 ) -> Activations:
     """The model on tokens [B, T]; `sync_widths` are (attention D_s, MLP D_s) of every layer."""
     params, tokens = map_arrays(to_float64, params), np.asarray(tokens)
     rope = (rope_base, rope_scaling)
-    logits, streams, _ = run_forward(params, tokens, tp_shards, sync_widths, rope, norm_epsilon)
+    logits, streams, _ = run_forward(
+        params, tokens, tp_shards, sync_widths, rope, norm_epsilon, wire
+    )
     return Activations(np.concatenate(logits, axis=-1), streams[-1], np.stack(streams[1::2]))
 
 
@@ -440,15 +473,20 @@ def loss_and_gradients(
     rope_base: float,
     rope_scaling: tuple | None = None,
     norm_epsilon: float,
+    wires: tuple[Callable, Callable] = (exact, exact),
 ) -> tuple[float, dict]:
     """inputs [B, T], targets [B, T] (negative: ignored) -> mean cross-entropy of the counted
     targets in nats, and its gradient as a nested dict shaped like `params`, float64."""
     params, inputs = map_arrays(to_float64, params), np.asarray(inputs)
     rope = (rope_base, rope_scaling)
-    logits, _, saved = run_forward(params, inputs, tp_shards, sync_widths, rope, norm_epsilon)
+    logits, _, saved = run_forward(
+        params, inputs, tp_shards, sync_widths, rope, norm_epsilon, wires[0]
+    )
     mean_loss, loss_saved = cross_entropy(logits, np.asarray(targets))
     d_logits = cross_entropy_backward(loss_saved)
-    gradients = run_backward(d_logits, params, inputs, tp_shards, sync_widths, rope, saved)
+    gradients = run_backward(
+        d_logits, params, inputs, tp_shards, sync_widths, rope, saved, wires[1]
+    )
     return float(mean_loss), gradients
 
 

@@ -35,6 +35,8 @@ from caat_jax.errors import InputError
 from configs import base
 
 DTYPES = ("float32", "bfloat16")
+FORWARD_WIRE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
+BACKWARD_WIRE_DTYPES = (*FORWARD_WIRE_DTYPES, "float8_e5m2")
 ATTENTION_KERNELS = ("auto", "plain", "splash", "cudnn")
 # More would take hours to start.
 LARGEST_SIMULATED_DEVICES = 1024
@@ -160,8 +162,13 @@ def check_field_names(names: list[str], config: ConfigDict) -> None:
 
 def _compute(fields: dict[str, Any], model: Architecture) -> Compute:
     fields["forward_wire_dtype"] = fields["forward_wire_dtype"] or fields["dtype"]
-    for field in ("dtype", "forward_wire_dtype", "backward_wire_dtype"):
-        one_of(f"compute.{field}", fields[field], DTYPES)
+    for field, allowed in (
+        ("dtype", DTYPES),
+        ("forward_wire_dtype", FORWARD_WIRE_DTYPES),
+        ("backward_wire_dtype", BACKWARD_WIRE_DTYPES),
+    ):
+        one_of(f"compute.{field}", fields[field], allowed)
+    at_least("compute.wire_block", fields["wire_block"], 1)
     one_of("compute.attention", fields["attention"], ATTENTION_KERNELS)
     compute = Compute(**fields)
     if compute.attention == "cudnn" and not cudnn_supports(model, compute):

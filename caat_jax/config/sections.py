@@ -18,6 +18,8 @@ class Compute:
     dtype: str
     forward_wire_dtype: str
     backward_wire_dtype: str
+    wire_block: int
+    emulate_wires: bool
     remat: bool
     scan_layers: bool
     attention: str

@@ -47,11 +47,13 @@ def from_json(fields: dict[str, Any]) -> Config:
         train["sync_schedule"] = tuple(
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )
+        # Nor had wires blocks, and nothing emulated them.
+        compute = {"wire_block": 128, "emulate_wires": False, **fields["compute"]}
         return _typed(
             Config(
                 seed=fields["seed"],
                 model=_typed(Architecture(**model)),
-                compute=_typed(Compute(**fields["compute"])),
+                compute=_typed(Compute(**compute)),
                 mesh=_typed(MeshConfig(**fields["mesh"])),
                 data=_typed(DataConfig(**fields["data"])),
                 optimizer=_typed(OptimizerConfig(**fields["optimizer"])),

@@ -113,6 +113,7 @@ def _configurations(stored: Config) -> tuple[Config, Config]:
             dtype="float32",
             forward_wire_dtype="float32",
             backward_wire_dtype="float32",
+            emulate_wires=False,
             attention="auto",
         )
     )

@@ -33,7 +33,8 @@ from caat_jax.inference.weights import LayerWeights, WeightLayout, Weights
 from caat_jax.model import attention, layers
 from caat_jax.model import transformer as model_lib
 from caat_jax.model.norm_product import norm_and_project
-from caat_jax.model.partial_sync import Stream, Wire
+from caat_jax.model.partial_sync import Stream
+from caat_jax.model.reductions import wire_of
 from caat_jax.model.scopes import ATTENTION_SCOPE, EMBEDDING, HEAD_AND_LOSS, LAYERS
 
 _SCALAR = sharding.partition_spec(())
@@ -82,8 +83,7 @@ class InferencePrograms:
         self.mesh = mesh
         self._layout = layout = WeightLayout(config, mesh)
         self._dtype = layout.dtype
-        forward = jnp.dtype(config.compute.forward_wire_dtype)
-        self._wire = Wire(forward, forward, sharding.platform(mesh) == "tpu")
+        self._wire = wire_of(config.compute, for_tpu=sharding.platform(mesh) == "tpu")
         axes = ("layers",) if layout.is_stacked else ()
         rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
         self._cache_specs = (LayerCache(rows, rows),) * len(layout.spans)

@@ -52,7 +52,7 @@ class WeightLayout:
             ]
         self._grouping = partial_sync.grouping(
             arch.tp_shards // mesh.shape["model"],
-            transformer.smallest_sync_width(arch),
+            0 if config.compute.emulate_wires else transformer.smallest_sync_width(arch),
             arch.embed_dim,
         )
         axes = ("layers",) if self.is_stacked else ()

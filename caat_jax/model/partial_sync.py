@@ -107,15 +107,17 @@ def project_and_add(
     own_GBTd = jnp.einsum("gbtk,gkd->gbtd", activations_GBTk, weights.private)
     if not weights.shared.shape[-1]:
         return Stream(common, private + own_GBTd)
-    partial_BTd = jnp.einsum("gbtk,gkd->btd", activations_GBTk, weights.shared)
-    shared_BTd = all_reduce(partial_BTd, wire)
+    contributions = "gbtk,gkd->gbtd" if wire.emulated else "gbtk,gkd->btd"
+    shared = all_reduce(jnp.einsum(contributions, activations_GBTk, weights.shared), wire)
     width = common.shape[-1]
-    if width < shared_BTd.shape[-1]:  # another sublayer has a smaller D_s
+    if width < shared.shape[-1]:  # another sublayer has a smaller D_s, or streams are kept whole
         synchronised = jnp.broadcast_to(
-            shared_BTd[..., width:], (*own_GBTd.shape[:-1], shared_BTd.shape[-1] - width)
+            shared[..., width:], (*own_GBTd.shape[:-1], shared.shape[-1] - width)
         )
         own_GBTd = jnp.concatenate([synchronised, own_GBTd], axis=-1)
-    return Stream(common + shared_BTd[..., :width], private + own_GBTd)
+    if width:
+        common += shared[..., :width]
+    return Stream(common, private + own_GBTd)
 
 
 def at_boundary(stream: Stream) -> Stream:

@@ -26,7 +26,7 @@ from caat_jax.model.attention import Attend
 from caat_jax.model.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
 from caat_jax.model.norm_product import norm_and_project
 from caat_jax.model.partial_sync import Stream
-from caat_jax.model.reductions import REDUCED, Wire, all_reduce, gather_channels
+from caat_jax.model.reductions import REDUCED, Wire, all_reduce, gather_channels, wire_of
 from caat_jax.model.scopes import EMBEDDING, HEAD_AND_LOSS, LAYERS
 
 
@@ -54,14 +54,22 @@ def smallest_sync_width(arch: Architecture) -> int:
 
 def embed(table: jax.Array, tokens_BT: jax.Array, arch: Architecture, wire: Wire) -> Stream:
     """The look-up of every token's row in this device's part of the table."""
+    local_shards = arch.tp_shards // lax.axis_size("model")
     if arch.tied_head:  # a device has all channels of its part of the vocabulary
         local_ids = tokens_BT - lax.axis_index("model") * table.shape[0]
         present = (local_ids >= 0) & (local_ids < table.shape[0])
         rows = look_up(table, jnp.where(present, local_ids, 0))
+        if wire.emulated:  # whose shard's row it is
+            owner = local_ids // (table.shape[0] // local_shards)
+            present = owner == jnp.arange(local_shards)[:, None, None]
         embedded = all_reduce(jnp.where(present[..., None], rows, 0), wire)
     else:  # a device has its part of the channels of every token
-        embedded = gather_channels(look_up(table, tokens_BT), wire)
-    local_shards = arch.tp_shards // lax.axis_size("model")
+        part = look_up(table, tokens_BT)
+        if wire.emulated:
+            part = jnp.moveaxis(part.reshape(*tokens_BT.shape, local_shards, -1), 2, 0)
+        embedded = gather_channels(part, wire)
+    if wire.emulated:  # every shard's stream is kept whole: its gradient is the shard's own
+        return Stream(embedded[0, ..., :0], embedded)
     return partial_sync.start(embedded, local_shards, smallest_sync_width(arch))
 
 
@@ -90,11 +98,7 @@ class Transformer(nnx.Module):
             self.head = weight(rngs, (D, V), ("embed", "vocab"))
         self.arch = arch
         self.dtype = jnp.dtype(compute.dtype)
-        self.wire = Wire(
-            jnp.dtype(compute.forward_wire_dtype),
-            jnp.dtype(compute.backward_wire_dtype),
-            for_tpu,
-        )
+        self.wire = wire_of(compute, for_tpu=for_tpu)
         self.remat = compute.remat
         self.scan_layers = compute.scan_layers
 

@@ -117,6 +117,51 @@ def test_tiny_on_the_simulated_mesh(compute, p):
     check_model_axis(audited(config, p), config, p, forward_bytes=4)
 
 
+def check_quantised(found: Audit, config: Config, p: float, blocks: tuple[int, int]) -> None:
+    """(8·b + 16)/(16·b) of bfloat16's bytes for `blocks` of b channels each, in two collectives."""
+    arch, steps = config.model, config.train.accumulation_steps
+    tokens = config.train.global_batch * config.data.sequence_length
+    count, channels = blocks
+    in_bfloat16 = tokens * count * channels * 2 * 2 * RING
+    share = (8 * channels + 16) / (16 * channels)
+    assert 0 <= count * channels - int(arch.embed_dim * p) < count
+    assert found.unrecognised == ()
+    for place in collectives.LAYER_LOOP:
+        for kind in ("all-to-all", "all-gather"):
+            runs, total = sent(found, place, (kind,))
+            assert runs == 2 * arch.layers * steps
+            assert total == pytest.approx(2 * arch.layers * in_bfloat16 * share / 2, rel=1e-12)
+        assert sent(found, place)[0] == 2 * runs  # nothing else
+    part = arch.embed_dim // 8  # the embedding's blocks lie within a device's channels
+    gathered = tokens * arch.embed_dim * (part + 2) / part * RING
+    for kind in ("all-gather", "all-to-all"):
+        assert sent(found, "embedding", (kind,)) == (steps, gathered)
+
+
+@pytest.mark.parametrize(
+    "p, block, blocks, backward", [(0.5, 128, (1, 128), "int8"), (1.0, 100, (3, 86), "float8_e5m2")]
+)
+def test_quantised_wires_on_the_simulated_mesh(p, block, blocks, backward):
+    config = tiny_config(
+        forward_wire_dtype="int8", backward_wire_dtype=backward, wire_block=block, scan_layers=True
+    )
+    check_quantised(audited(config, p), config, p, blocks)
+
+
+@models.needs_libtpu
+@pytest.mark.slow
+def test_quantised_wires_on_a_tpu_pod():
+    config = half_of_130m()
+    compute = dataclasses.replace(
+        config.compute,
+        forward_wire_dtype="int8",
+        backward_wire_dtype="float8_e5m2",
+        wire_block=96,
+    )
+    config = dataclasses.replace(config, compute=compute)
+    check_quantised(audited(config, 0.5, "v5e:2x4"), config, 0.5, (2, 96))
+
+
 @pytest.mark.parametrize("p", [1.0, 0.5])
 def test_130m_on_the_simulated_mesh(p):
     # In float32: XLA's CPU backend reduces bfloat16 as float32.

@@ -90,7 +90,11 @@ BAD_FIELDS = [
     ),
     ({"compute__dtype": "float16"}, ["compute.dtype='float16'", "float32, bfloat16"]),
     ({"compute__dtype": ""}, ["compute.dtype=''", "float32, bfloat16"]),
-    ({"compute__forward_wire_dtype": "int8"}, ["compute.forward_wire_dtype='int8'", "bfloat16"]),
+    (
+        {"compute__forward_wire_dtype": "float8_e5m2"},
+        ["compute.forward_wire_dtype='float8_e5m2'", "float32, bfloat16, int8, float8_e4m3fn"],
+    ),
+    ({"compute__wire_block": 0}, ["compute.wire_block=0", "at least 1"]),
     ({"compute__backward_wire_dtype": ""}, ["compute.backward_wire_dtype=''", "bfloat16"]),
     ({"compute__attention": "flash"}, ["compute.attention='flash'", "auto, plain, splash, cudnn"]),
     (
@@ -302,7 +306,8 @@ def test_fields_resolve_to_the_configuration_that_has_them(name):
 
 def test_every_config_file_is_tested():
     files = {path.stem for path in Path(base.__file__).parent.glob("*.py")} - {"__init__"}
-    assert files == set(SHIPPED) | {"sweep", "sweep_half", "sweep_quarter"}  # test_sweep.py
+    sweeps = {"sweep", "sweep_half", "sweep_quarter", "sweep_wires"}  # tests/sweep
+    assert files == set(SHIPPED) | sweeps
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from caat_jax.model import transformer
-from caat_jax.model.reductions import Wire
+from caat_jax.model.reductions import wire_of
 from tests import models, reference
 
 TOLERANCE = 1e-5  # of a tensor's largest magnitude
@@ -160,7 +160,9 @@ def test_attention_over_several_blocks(M):
 @pytest.mark.parametrize("M", [2, 8])
 def test_products_as_arranged_for_tpus(M, monkeypatch):
     """Another order, and backward one product of all channels; here on CPUs."""
-    monkeypatch.setattr(transformer, "Wire", lambda *types: Wire(*types[:2], for_tpu=True))
+    monkeypatch.setattr(
+        transformer, "wire_of", lambda compute, for_tpu: wire_of(compute, for_tpu=True)
+    )
     check(config_of(8, M, OPTIONS[0], sync_factor=0.5))
 
 

@@ -15,7 +15,7 @@ from caat_jax.config.resolve import resolve
 from caat_jax.errors import InputError
 from caat_jax.sweep import plan as sweep_plan
 from caat_jax.sweep import report
-from configs import base, sweep, sweep_half, sweep_quarter
+from configs import base, sweep, sweep_half, sweep_quarter, sweep_wires
 from tests import runs
 from tests.command_line import REPOSITORY, assert_refused, run_here, start_forked, write_texts
 from tests.runs import Run
@@ -206,6 +206,14 @@ def test_shipped_quarters():
         all_channels = 4 * 2 * 128
         first = 1 if run.settings["train.sync_schedule"] else 0.25
         assert widths == [first * all_channels, 0.25 * all_channels]
+
+
+def test_shipped_wires():
+    plan = sweep_plan.resolve(sweep_wires.get_config())
+    assert {run.setting for run in plan.runs} == set(
+        itertools.product(("float32", "int8", "float8_e4m3fn"), repeat=2)
+    )
+    assert len(plan.runs) == 27 and all(run.config.compute.emulate_wires for run in plan.runs)
 
 
 def grid(**changes):
