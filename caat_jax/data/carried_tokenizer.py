@@ -1,9 +1,9 @@
 """The tokeniser that a workdir carries with it, so that it works wherever it lies."""
 
-import shutil
 import sys
 from pathlib import Path
 
+from caat_jax import files
 from caat_jax.config import user_paths
 from caat_jax.data import token_roles
 from caat_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -26,7 +26,7 @@ def carry(name: str, workdir: Path) -> None:
     folder.mkdir(exist_ok=True)
     for file in (*token_roles.FILES, path.name):
         if (path.parent / file).is_file():
-            shutil.copyfile(path.parent / file, folder / file)
+            files.write(folder / file, (path.parent / file).read_bytes())
 
 
 def find(name: str, workdir: Path) -> str:

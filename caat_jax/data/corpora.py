@@ -149,8 +149,8 @@ class Corpus:
         """The documents to train on, or those to validate on.
 
         With `data.eval_split` these are that split's.  Without, they are the documents of
-        `data.train_split` whose digest is a multiple of `data.holdout_every`; the first call then
-        reads all of them.
+        `data.train_split` whose digest is a multiple of `data.holdout_every`, all of them where
+        that is 1; the first call then reads all of them.
 
         Raises:
           InputError: the rule leaves no document on one side.
@@ -159,7 +159,7 @@ class Corpus:
         if self._data.eval_split:
             return self._split(self._data.eval_split if validation else self._data.train_split)
         held_out = self._digests % np.uint64(self._data.holdout_every) == 0
-        if held_out.all() or not held_out.any():
+        if not held_out.any() or (held_out.all() and self._data.holdout_every > 1):
             raise InputError(self._bad_holdout())
         return self._split(self._data.train_split).chosen(held_out == validation)
 
@@ -184,7 +184,7 @@ class Corpus:
         return (
             f"data.holdout_every={given} leaves the training or the validation split without a"
             f" document: there are {documents}, with {len(np.unique(self._digests))} different"
-            f" texts; {remedy}"
+            f" texts; {remedy}; eval.py takes all of them with data.holdout_every=1"
         )
 
     def _split(self, split: str) -> Documents:

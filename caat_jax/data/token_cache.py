@@ -47,7 +47,7 @@ _BATCH_CHARACTERS = 4_000_000
 _PIECE = 1 << 20  # tokens handled at a time, so that a long document takes little memory
 
 # Of one split, in the manifest: integers of 0 or more.
-_COUNTS = ("documents", "tokens", "crc32")
+_COUNTS = ("documents", "text_bytes", "tokens", "crc32")
 
 
 class TokenSequences:
@@ -59,12 +59,19 @@ class TokenSequences:
       keep_partial: whether the tokens left over at the end make one more sequence, filled up with
         `PADDING`.
       fingerprint: identifies corpus and tokeniser.
+      text_bytes: UTF-8 of all documents.
     """
 
     def __init__(
-        self, tokens: np.ndarray, sequence_length: int, keep_partial: bool, fingerprint: str
+        self,
+        tokens: np.ndarray,
+        sequence_length: int,
+        keep_partial: bool,
+        fingerprint: str,
+        text_bytes: int,
     ):
         self._tokens = tokens
+        self.text_bytes = text_bytes
         self.sequence_length = sequence_length
         self.fingerprint = fingerprint
         left_over = sequence_length - 1 if keep_partial else 0
@@ -101,7 +108,9 @@ def stored_data(data: DataConfig, cache_dir: str | None) -> tuple[DataConfig, bo
     return data, cache_dir is not None or data.cache_dir == base.get_config().data.cache_dir
 
 
-def open_cache(data: DataConfig, tokenizer: Tokenizer, prepare: bool = True) -> TokenCache:
+def open_cache(
+    data: DataConfig, tokenizer: Tokenizer, prepare: bool = True, for_training: bool = True
+) -> TokenCache:
     """The configured corpus in tokens; tokenises it first, or resumes where that was stopped.
 
     Several processes may call it at a time: one works, the others wait.
@@ -110,6 +119,7 @@ def open_cache(data: DataConfig, tokenizer: Tokenizer, prepare: bool = True) -> 
       data: the configuration.
       tokenizer: the one that it names.
       prepare: whether what is missing may be written to `data.cache_dir`.
+      for_training: whether there must be a sequence to train on.
 
     Raises:
       InputError: the corpus cannot serve, is too short for one sequence, or is not prepared.
@@ -124,18 +134,19 @@ def open_cache(data: DataConfig, tokenizer: Tokenizer, prepare: bool = True) -> 
         with cache_folder.locked(folder):
             if not _unchanged(folder, tokenizer, prepare):
                 _build(folder, corpus, tokenizer)
-    length = data.sequence_length
+    length, manifest = data.sequence_length, _read_manifest(folder)
     train, validation = (
         TokenSequences(
-            np.memmap(folder / f"{split}.bin", _dtype(tokenizer), mode="r"),
+            _tokens(folder / f"{split}.bin", _dtype(tokenizer), manifest[split]["tokens"]),
             length,
             keep_partial=split == "validation",
             fingerprint=fingerprint,
+            text_bytes=manifest[split]["text_bytes"],
         )
         for split in _SPLITS
     )
-    if not len(train):
-        tokens = _read_manifest(folder)["train"]["tokens"]
+    if for_training and not len(train):
+        tokens = manifest["train"]["tokens"]
         raise InputError(
             f"the training documents have {tokens} tokens, too few for one sequence of"
             f" data.sequence_length={length} and its last target; give more text, or a"
@@ -151,7 +162,7 @@ def _build(folder: Path, corpus: corpora.Corpus, tokenizer: Tokenizer) -> None:
         damage = _damage(folder / f"{split}.bin", done, tokenizer)
         if damage:
             print(f"{folder}/{split}.bin is damaged ({damage}); it is made anew", file=sys.stderr)
-            done.update(documents=0, tokens=0, crc32=0)
+            done.update(dict.fromkeys(_COUNTS, 0))
             manifest["finished"] = False
     if not manifest["finished"]:
         documents = {split: corpus.documents(split) for split in _SPLITS}
@@ -197,7 +208,7 @@ def _damage(path: Path, done: dict[str, int], tokenizer: Tokenizer) -> str | Non
             return "it is missing"
         if path.stat().st_size < left * dtype.itemsize:
             return f"{path.stat().st_size} bytes of {left * dtype.itemsize}"
-        tokens = np.memmap(path, dtype, mode="r", shape=(left,))
+        tokens = _tokens(path, dtype, left)
         for start in range(0, left, _PIECE):
             piece = np.ascontiguousarray(tokens[start : start + _PIECE])
             if piece.max() >= tokenizer.size:
@@ -244,6 +255,7 @@ def _tokenize(
                     write(ids[start : start + _PIECE])
                 write([tokenizer.eos_id])
             done["documents"] += len(texts)
+            done["text_bytes"] += sum(len(text.encode()) for text in texts)
             file.flush()
             os.fsync(file.fileno())
             _write_manifest(folder, manifest)
@@ -263,12 +275,17 @@ def _batches(documents: Sequence[str], start: int) -> Iterator[list[str]]:
         yield texts
 
 
+def _tokens(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """The first `count` of a file; an empty file cannot be mapped."""
+    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
 
 
 def _read_manifest(folder: Path, warn: bool = False) -> dict[str, Any]:
-    """What is done: documents and tokens of each split, and whether that is all."""
+    """What is done: `_COUNTS` of each split, and whether that is all."""
     nothing = {split: dict.fromkeys(_COUNTS, 0) for split in _SPLITS}
     path = folder / "manifest.json"
     try:
@@ -282,7 +299,7 @@ def _read_manifest(folder: Path, warn: bool = False) -> dict[str, Any]:
         return manifest | {"finished": manifest["finished"] is True}
     except FileNotFoundError:
         pass
-    # One without digests, of an earlier version, too.
+    # One of an earlier version, without some of the counts, too.
     except (InputError, KeyError, TypeError) as error:
         if warn:
             print(f"{path} is damaged ({error}); the tokens are made anew", file=sys.stderr)

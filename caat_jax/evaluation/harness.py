@@ -186,7 +186,9 @@ def evaluate_tasks(
     harness_model = HarnessModel(scorer, model.tokenizer, generator)
     results = _run(harness_model, manager, tasks, options)
     columns = ["results"] + ["groups"] * ("groups" in results)
-    return _figures(results), "\n".join(make_table(results, c) for c in columns)
+    return _figures(results, config.data.sequence_length), "\n".join(
+        make_table(results, c) for c in columns
+    )
 
 
 def _task_manager(options: TaskOptions) -> TaskManager:
@@ -241,7 +243,8 @@ def _check_runnable(name: str, tasks: dict[str, Any], longest: int) -> None:
             if new >= longest:
                 raise InputError(
                     f"--tasks: {name} generates max_gen_toks={new} tokens, which leaves none of"
-                    f" data.sequence_length={longest} for its prompts; give the task fewer"
+                    f" data.sequence_length={longest} for its prompts; give the task fewer, or the"
+                    " model a larger --config.data.sequence_length"
                 )
 
 
@@ -264,7 +267,7 @@ def _run(
         )
 
 
-def _figures(results: dict[str, Any]) -> dict[str, Any]:
+def _figures(results: dict[str, Any], sequence_length: int) -> dict[str, Any]:
     figures = {}
     for name, row in {**results["results"], **results.get("groups", {})}.items():
         figures[name] = {
@@ -272,6 +275,7 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
             "version": results["versions"].get(name),
             "num_fewshot": results["n-shot"].get(name),
             "examples": results["n-samples"].get(name, {}).get("effective"),  # none of a group
+            "sequence_length": sequence_length,
             # Named "acc,none": the metric, and the filter that the answers went through.
             "metrics": {key: _jsonable(value) for key, value in row.items() if "," in key},
         }

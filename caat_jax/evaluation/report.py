@@ -10,7 +10,6 @@ import numpy as np
 from caat_jax import files
 from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.sections import Config
-from caat_jax.data import corpora
 from caat_jax.data.token_cache import open_cache, stored_data
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
@@ -70,20 +69,20 @@ def evaluate_checkpoint(
     """One checkpoint on all validation sequences, on this machine's devices, whatever it was
     trained on; `train.eval_sequences` plays no part.  `cache_dir` is as for `stored_data`."""
     data, prepare = stored_data(config.data, cache_dir)
-    cache = open_cache(data, tokenizer_of(config, workdir), prepare)
+    tokenizer = tokenizer_of(config, workdir)
+    sequences = open_cache(data, tokenizer, prepare, for_training=False).validation
     model = restore_model(workdir, step, config)
     programs = Programs(model.config, model.mesh)
-    loss_sum, count = summed_loss(programs, model.parameters, cache.validation, limit=-1)
-    # Reading the documents again takes little time next to the model's passes over them.
-    documents = corpora.open_corpus(data, prepare).documents("validation")
-    return Validation(loss_sum, count, sum(len(text.encode()) for text in documents))
+    loss_sum, count = summed_loss(programs, model.parameters, sequences, limit=-1)
+    return Validation(loss_sum, count, sequences.text_bytes)
 
 
 class Report:
     """`WORKDIR/evaluation.json`: one object about one checkpoint.
 
     It has the checkpoint's "step", the architecture's "S" and "p", and what was evaluated:
-    "validation" and "tasks".  Devices and batch sizes are not in it, since they change nothing.
+    "validation" (of the run's own split), "other_data" and "tasks".  Devices and batch sizes are
+    not in it, since they change nothing.
     """
 
     def __init__(self, workdir: Path, step: int, config: Config):
@@ -102,9 +101,12 @@ class Report:
         same = {name: stored.get(name) for name in about} == about
         self._content = stored if same else about
 
-    def add_validation(self, validation: Validation) -> None:
-        """Writes the figures of the validation split."""
-        self._content["validation"] = validation.figures()
+    def add_validation(self, validation: Validation, data: str = "") -> None:
+        """Writes the figures of the run's validation split, or of other `data`, named so."""
+        if data:
+            self._content.setdefault("other_data", {})[data] = validation.figures()
+        else:
+            self._content["validation"] = validation.figures()
         self._write()
 
     def add_tasks(self, tasks: dict[str, Any]) -> None:

@@ -80,7 +80,9 @@ def measure(
     """
     train = dataclasses.replace(config.train, eval_sequences=sequences)
     data, prepare = stored_data(config.data, cache_dir)
-    validation = open_cache(data, tokenizer_of(config, workdir), prepare).validation
+    validation = open_cache(
+        data, tokenizer_of(config, workdir), prepare, for_training=False
+    ).validation
     model = restore_model(workdir, step, dataclasses.replace(config, train=train))
     uncut, mesh, parameters = model.config, model.mesh, model.parameters
     uncut_loss = validation_loss(Programs(uncut, mesh), parameters, validation)

@@ -156,7 +156,9 @@ def test_fitted_weights_are_the_least_squares_solution(
 def test_nothing_changes_at_p_1(dense):
     parameters = numpy_parameters(dense)
     before = reference.map_arrays(np.copy, parameters)
-    texts = Texts([], TokenSequences(np.arange(33), 16, keep_partial=False, fingerprint=""))
+    texts = Texts(
+        [], TokenSequences(np.arange(33), 16, keep_partial=False, fingerprint="", text_bytes=0)
+    )
     mesh = sharding.create_mesh(dense.mesh, jax.devices()[:1])
     converted = converting.convert(
         parameters, dense, dense, mesh, texts, progress=None, new_basis="rotation"

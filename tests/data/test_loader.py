@@ -21,7 +21,9 @@ T, SEQUENCES, BATCH = 6, 22, 8
 def sequences():
     """Sequence i begins with 6·i."""
     tokens = np.arange(SEQUENCES * T + 1, dtype=np.uint16)
-    return token_cache.TokenSequences(tokens, T, keep_partial=True, fingerprint="test")
+    return token_cache.TokenSequences(
+        tokens, T, keep_partial=True, fingerprint="test", text_bytes=0
+    )
 
 
 def _sharding(data=2, fsdp=2, model=2):
@@ -156,7 +158,7 @@ jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv
 devices = np.array(jax.devices()).reshape(2, 2, 2).transpose(1, 0, 2).reshape(4, 2)
 mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 tokens = np.arange(22 * 6 + 1, dtype=np.uint16)
-sequences = token_cache.TokenSequences(tokens, 6, keep_partial=True, fingerprint="test")
+sequences = token_cache.TokenSequences(tokens, 6, True, fingerprint="test", text_bytes=0)
 batches = loader.train_batches(
     sequences, global_batch=8, seed=3, sharding=NamedSharding(mesh, PartitionSpec("data"))
 )

@@ -270,7 +270,7 @@ def test_a_long_document_takes_little_memory(tmp_path):
         def encode_batch(self, texts):
             return [np.zeros(tokens, np.int32) for _ in texts]
 
-    manifest = {"train": dict.fromkeys(("documents", "tokens", "crc32"), 0)}
+    manifest = {"train": dict.fromkeys(token_cache._COUNTS, 0)}
     tracemalloc.start()
     token_cache._tokenize(tmp_path, "train", ["text"], Long(), manifest)
     _, peak = tracemalloc.get_traced_memory()
