@@ -1,6 +1,7 @@
 """Paths that the user gives."""
 
 import os
+import re
 from pathlib import Path
 
 from caat_jax.errors import InputError
@@ -14,8 +15,9 @@ def expanded(name: str, path: str) -> Path:
       path: as given.
 
     Raises:
-      InputError: there is no such user, or a character is not allowed in paths.
+      InputError: there is no such user, a character is not allowed in paths, or it is a URL.
     """
+    refuse_url(name, path)
     try:
         os.fsencode(path)
         if "\0" in path:
@@ -25,3 +27,16 @@ def expanded(name: str, path: str) -> Path:
         raise InputError(f"{name}={path}: there is no user {Path(path).parts[0][1:]}") from error
     except ValueError:
         raise InputError(f"{name}={path!r} has a character that no path has") from None
+
+
+def refuse_url(name: str, path: str) -> None:
+    """Refuses what looks like a URL, which would otherwise be the name of a folder, such as gs:.
+
+    Raises:
+      InputError: naming it.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:/", path):
+        raise InputError(
+            f"{name}={path} is a URL; give a path, such as that where the bucket is mounted"
+            " (docs/scale_out.md)"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from caat_jax import command_line, figures
+from caat_jax.config import user_paths
 from caat_jax.errors import InputError
 from caat_jax.plot import report
 from caat_jax.training.metrics import METRICS_FILE, read_metrics
@@ -23,8 +24,11 @@ _LABELS = flags.DEFINE_multi_string(
 
 def main(folders: list[str]) -> None:
     labels = _labels(folders, _LABELS.value)
-    runs = [(label, _read(Path(folder))) for label, folder in zip(labels, folders, strict=True)]
-    output = Path(_OUTPUT.value)
+    runs = [
+        (label, _read(user_paths.expanded("run", folder)))
+        for label, folder in zip(labels, folders, strict=True)
+    ]
+    output = user_paths.expanded("--output", _OUTPUT.value)
     report.plot_runs(runs, output)
     print(f"Plotted {len(runs)} {'run' if len(runs) == 1 else 'runs'}: {output.resolve()}")
 

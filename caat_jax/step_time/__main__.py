@@ -13,13 +13,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from caat_jax import command_line
 from caat_jax.communication.audit import audit
+from caat_jax.config import user_paths
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.devices import chips, sharding, topology
@@ -67,14 +67,15 @@ def main(config: Config) -> None:
         [model.predict(work, chip, _EFFICIENCY.value) for work in works] for chip in chosen
     ]
     predictions += [compiled(name, works, _EFFICIENCY.value) for name in _TOPOLOGY.value]
-    if _OUTPUT.value:
-        report.plot(predictions, Path(_OUTPUT.value))
+    output = _OUTPUT.value and user_paths.expanded("--output", _OUTPUT.value)
+    if output:
+        report.plot(predictions, output)
     if _JSON.value:
         print(json.dumps(report.to_json(predictions, _EFFICIENCY.value), indent=2))
     else:
         print(report.table(predictions, _EFFICIENCY.value))
-        if _OUTPUT.value:
-            print(f"\nPlotted: {Path(_OUTPUT.value).resolve()}")
+        if output:
+            print(f"\nPlotted: {output.resolve()}")
 
 
 def configurations(config: Config, devices: int, factors: Sequence[float]) -> list[Config]:
