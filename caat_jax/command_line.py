@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -23,6 +24,32 @@ def config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
 
 
+def overrides_flag() -> flags.FlagHolder:
+    """Defines `--config.data.field=VALUE`, for what is read with a checkpoint's configuration.
+
+    A name that is no field ends the program here: the definition already needs the fields' types.
+    """
+    _or_exit(lambda: check_field_names(_given_fields(sys.argv), base.get_config()))
+    return config_flags.DEFINE_config_dict(
+        "config", base.get_config(), help_string="--config.data.FIELD=VALUE: instead of the run's."
+    )
+
+
+def data_overrides(_: ConfigDict) -> dict[str, Any]:
+    """The fields of `config.data` that the flags of `overrides_flag` give, and their values.
+
+    Raises:
+      InputError: another field is given.
+    """
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    for name in given:
+        if not name.startswith("data."):
+            raise InputError(
+                f"--config.{name}: the checkpoint has its own; only config.data can be overridden"
+            )
+    return {name.removeprefix("data."): value for name, value in given.items()}
+
+
 def run(
     main: Callable[..., None],
     config: flags.FlagHolder | None = None,
@@ -36,7 +63,7 @@ def run(
 
     Args:
       main: the program.
-      config: of `config_flag`.
+      config: of `config_flag` or `overrides_flag`.
       resolve: checks what the flags made of the file, and makes of it what `main` takes.
       fields: a configuration with every field that a file may have.
       positionals: whether `main` takes the arguments that are not flags, as one list at the end;
@@ -87,11 +114,10 @@ def _parse(
     positionals: bool,
 ) -> list[str]:
     if config is not None:
-        matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
-        names = [match[1] for match in matches if match]
-        check_field_names(names, fields())
+        check_field_names(_given_fields(argv), fields())
         enough = r"--?(config(=.*)?|help|helpshort|helpfull|h|\?)$"
-        if not any(re.match(enough, argument) for argument in argv):
+        needs_file = flags.FLAGS["config"].default is None
+        if needs_file and not any(re.match(enough, argument) for argument in argv):
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:
         rest = flags.FLAGS(argv)
@@ -108,6 +134,11 @@ def _parse(
     if len(rest) > 1 and not positionals:
         raise InputError(f"{rest[1]!r} is not a flag; flags start with --")
     return rest
+
+
+def _given_fields(argv: list[str]) -> list[str]:
+    matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
+    return [match[1] for match in matches if match]
 
 
 def _or_exit(function: Callable[[], object]) -> object:

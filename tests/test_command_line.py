@@ -243,6 +243,27 @@ def test_workdir_of_nobody(run, small, script):
     assert_refused(result, "--workdir=~nobody_here/run: there is no user nobody_here")
 
 
+URLS = ("gs://bucket/run", "s3://bucket/run", "http://host/run", "gs:/bucket")
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "generate.py"])
+def test_workdir_in_a_bucket(run, small, tmp_path, script, url):
+    arguments = {"train.py": small[1:], "eval.py": [], "generate.py": ["--prompt=a"]}[script]
+    before = set(tmp_path.rglob("*"))
+    result = run(script, *arguments, f"--workdir={url}")
+    assert_refused(result, f"--workdir={url} is a URL", "mounted")
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("field", ["files", "tfds_data_dir", "tokenizer", "cache_dir"])
+def test_data_in_a_bucket(run, small, tmp_path, field):
+    before = set(tmp_path.rglob("*"))
+    result = run(*small, f"--config.data.{field}=gs://bucket/x")
+    assert_refused(result, f"data.{field}=gs://bucket/x is a URL")
+    assert set(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])
 def test_evaluation_of_a_workdir_without_checkpoint(run, tmp_path, made):
     workdir = tmp_path / "run"
@@ -261,6 +282,11 @@ def test_evaluation_of_a_workdir_without_checkpoint(run, tmp_path, made):
         (["--include_path=."], ["--include_path", "give --tasks"]),
         (["--tasks=piqa", "--batch_size=0"], ["--batch_size", "0"]),
         (["--tasks=piqa", "--num_fewshot=-1"], ["--num_fewshot", "-1"]),
+        (["--tasks=piqa", "--config.data.files=x"], ["--config.data.files", "not about tasks"]),
+        (["--config.model.layers=2"], ["--config.model.layers", "the checkpoint has its own"]),
+        (["--config.data.flies=x"], ["config.data.flies", "config.data.files"]),
+        (["--config.data.holdout_every=x"], ["data.holdout_every", "x"]),
+        (["--config=configs/tiny.py"], ["--config=configs/tiny.py"]),
     ],
     ids=str,
 )

@@ -31,6 +31,7 @@ from caat_jax.config.sections import (
     TrainConfig,
     cudnn_supports,
 )
+from caat_jax.config.user_paths import refuse_url
 from caat_jax.errors import InputError
 from configs import base
 
@@ -38,6 +39,8 @@ DTYPES = ("float32", "bfloat16")
 FORWARD_WIRE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 BACKWARD_WIRE_DTYPES = (*FORWARD_WIRE_DTYPES, "float8_e5m2")
 ATTENTION_KERNELS = ("auto", "plain", "splash", "cudnn")
+# What says which documents of which corpus; where it lies, and how it is decoded, is apart.
+_CORPUS_FIELDS = ("tfds_name", "files", "text_feature", "train_split", "eval_split")
 # More would take hours to start.
 LARGEST_SIMULATED_DEVICES = 1024
 
@@ -72,6 +75,28 @@ def resolve(config: ConfigDict) -> Config:
         optimizer=optimizer,
         train=train,
     )
+
+
+def with_data(config: Config, fields: dict[str, Any]) -> Config:
+    """A configuration, out of a checkpoint, with other fields of `config.data` to evaluate on.
+
+    Another `files` or `tfds_name` replaces the corpus; its splits and feature are then the usual
+    ones where `fields` has no others.  `holdout_every` may be 1: all documents are held out.
+
+    Raises:
+      InputError: naming the field, its value and what is allowed.
+    """
+    usual = base.get_config().data
+    if "tokenizer" in fields and config.data.tokenizer != usual.tokenizer:
+        raise InputError(
+            f"--config.data.tokenizer={fields['tokenizer']}: the checkpoint has its own,"
+            f" {config.data.tokenizer}"
+        )
+    if fields.keys() & {"files", "tfds_name"}:
+        fields = {name: usual[name] for name in _CORPUS_FIELDS} | fields
+    data = dataclasses.replace(config.data, **fields)
+    _check_data(data, least_holdout=1)
+    return dataclasses.replace(config, data=data)
 
 
 def _check_types(config: ConfigDict) -> None:
@@ -198,13 +223,15 @@ def check_mesh(mesh: MeshConfig, tp_shards: int) -> None:
     at_least("mesh.simulated_devices", mesh.simulated_devices, 0, LARGEST_SIMULATED_DEVICES)
 
 
-def _check_data(data: DataConfig) -> None:
+def _check_data(data: DataConfig, least_holdout: int = 2) -> None:
     if data.tfds_name and data.files:
         raise InputError(
             f"data.tfds_name={data.tfds_name} and data.files={data.files} are both given; give one"
         )
+    for field in ("files", "tfds_data_dir", "tokenizer", "cache_dir"):
+        refuse_url(f"data.{field}", getattr(data, field))
     at_least("data.sequence_length", data.sequence_length, 1)
-    at_least("data.holdout_every", data.holdout_every, 2)
+    at_least("data.holdout_every", data.holdout_every, least_holdout)
     one_of("data.encoding_errors", data.encoding_errors, ("strict", "replace", "ignore"))
 
 

@@ -12,6 +12,7 @@ import sentencepiece
 
 from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
+from caat_jax.config.resolve import with_data
 from caat_jax.config.sections import Config
 from caat_jax.data import corpora, token_cache
 from caat_jax.data.tokenizers import load_tokenizer
@@ -21,6 +22,7 @@ from caat_jax.evaluation.report import Report, Validation
 from tests import models, reference
 from tests.command_line import run_forked
 
+VALIDATION = Validation(loss_sum=2.0, tokens=4, text_bytes=2)
 TEXTS = [f"příliš žluťoučký kůň číslo {n}, and {'a shard ' * (n % 5)}" for n in range(24)]
 
 
@@ -111,9 +113,53 @@ def test_eval_py_writes_what_it_prints(workdir, tmp_path):
     assert not (workdir / "evaluation.new").exists()
 
 
-# ---- The report -------------------------------------------------------------------------------
+def test_eval_py_on_other_text(workdir, tmp_path):
+    """One file, all of it held out; the run's own figures stay."""
+    text = "a text of somebody else's, žluťoučký\n" * 9
+    (tmp_path / "text").write_bytes(text.encode())
+    Report(workdir, 3, configured(workdir)[1]).add_validation(VALIDATION)
+    fields = {"files": tmp_path / "text", "holdout_every": 1, "sequence_length": 2048}
+    flags = [f"--config.data.{name}={value}" for name, value in fields.items()]
+    code, stdout, stderr = run_forked(["eval.py", f"--workdir={workdir}", *flags], tmp_path)
+    assert code == 2 and "--cache_dir" in stderr  # the run's cache is not the usual one
+    flags.append(f"--config.data.cache_dir={tmp_path}/cache")
+    code, stdout, stderr = run_forked(["eval.py", f"--workdir={workdir}", *flags], tmp_path)
+    assert code == 0, stderr
+    report = json.loads((workdir / "evaluation.json").read_text())
+    assert report["validation"] == VALIDATION.figures()
+    name = f"files={tmp_path}/text holdout_every=1 sequence_length=2048"
+    figures = report["other_data"][name]
 
-VALIDATION = Validation(loss_sum=2.0, tokens=4, text_bytes=2)
+    _, config = configured(workdir, data=1, fsdp=1, model=8)
+    programs = models.programs(config)
+    with Checkpoints(workdir) as checkpoints:
+        parameters = checkpoints.restore_parameters(3, programs.state_shapes.parameters)
+    tokenizer = load_tokenizer("bytes")
+    ids = np.array([[tokenizer.bos_id, *text.encode(), tokenizer.eos_id]])
+    expected = reference.loss(
+        jax.device_get(parameters), ids[:, :-1], ids[:, 1:], **models.method(config)
+    )
+    assert figures["text_bytes"] == len(text.encode())
+    assert figures["tokens"] == ids.shape[1] - 1
+    assert figures["loss"] == pytest.approx(expected, abs=2e-6)
+    assert f"{figures['loss']:.6f}" in stdout
+
+
+def test_another_corpus_has_its_own_splits(workdir):
+    _, config = configured(workdir)
+    data = dataclasses.replace(
+        config.data, tfds_name="c4/en", files="", train_split="a", eval_split="b", text_feature="t"
+    )
+    config = with_data(dataclasses.replace(config, data=data), {"files": "x"})
+    data = config.data
+    assert (data.tfds_name, data.files) == ("", "x")
+    assert (data.train_split, data.eval_split, data.text_feature) == ("train", "", "text")
+    with pytest.raises(InputError, match=r"data.tokenizer=y: the checkpoint has its own, x\.model"):
+        data = dataclasses.replace(data, tokenizer="x.model")
+        with_data(dataclasses.replace(config, data=data), {"tokenizer": "y"})
+
+
+# ---- The report -------------------------------------------------------------------------------
 
 
 @pytest.fixture
