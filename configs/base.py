@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
             head_dim=-1,  # -1: embed_dim / heads
             mlp_dim=768,
             vocab_size=-1,  # -1: the tokeniser's, rounded up to a multiple of tp_shards
+            vocab_padding=0,  # the last ids of vocab_size, which are none: never predicted
             tied_head=False,  # True: the output matrix is the embedding
             rope_base=10_000.0,
             # Llama 3's slower rotation for longer texts (Hugging Face's rope_type "llama3"): pairs

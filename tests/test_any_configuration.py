@@ -58,6 +58,7 @@ ODD = {
     "model.head_dim": [2, 5, 6, 10, 10**9, *SIZES],
     "model.mlp_dim": [8, 20, 10**9, *SIZES],
     "model.vocab_size": [8, 256, 258, 264, 272, 10**9, *SIZES],
+    "model.vocab_padding": [3, 263, 264, *SIZES],
     "model.tied_head": BOOLEANS,
     "model.rope_base": REALS,
     "model.rope_scaling_factor": REALS,

@@ -38,6 +38,7 @@ class Architecture:
     head_dim: int
     mlp_dim: int
     vocab_size: int
+    vocab_padding: int
     tied_head: bool
     rope_base: float
     rope_scaling_factor: float
@@ -110,6 +111,7 @@ def checked_architecture(model: dict[str, Any]) -> Architecture:
                 f"model.{field}={value} does not divide over model.tp_shards={shards};"
                 f" the nearest that do: {nearest_multiples(value, shards)}{hint}"
             )
+    at_least("model.vocab_padding", model["vocab_padding"], 0, max(model["vocab_size"] - 1, 0))
     if model["heads"] % model["kv_heads"]:
         raise InputError(
             f"model.kv_heads={model['kv_heads']} does not divide model.heads={model['heads']}"

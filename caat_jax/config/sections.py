@@ -126,14 +126,16 @@ class Config:
     def with_vocabulary(self, tokenizer_size: int) -> "Config":
         """Fills in or checks `model.vocab_size` against a tokeniser of that many ids."""
         model = self.model
-        multiple = math.ceil(tokenizer_size / model.tp_shards) * model.tp_shards
+        ids = tokenizer_size + model.vocab_padding
+        multiple = math.ceil(ids / model.tp_shards) * model.tp_shards
         if model.vocab_size == -1:
             return dataclasses.replace(self, model=dataclasses.replace(model, vocab_size=multiple))
-        if tokenizer_size > model.vocab_size:
+        if ids > model.vocab_size:
+            padding = f" - model.vocab_padding={model.vocab_padding}" * bool(model.vocab_padding)
             raise InputError(
                 f"data.tokenizer={self.data.tokenizer} has {tokenizer_size} ids, more than"
-                f" model.vocab_size={model.vocab_size}; use model.vocab_size={multiple} or more,"
-                " or -1 to let it be worked out"
+                f" model.vocab_size={model.vocab_size}{padding}; use model.vocab_size={multiple} or"
+                " more, or -1 to let it be worked out"
             )
         return self
 

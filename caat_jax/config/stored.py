@@ -40,9 +40,9 @@ def from_json(fields: dict[str, Any]) -> Config:
         something else.
     """
     try:
-        model = dict(fields["model"])
+        # Checkpoints that are older than a field did without.
+        model = {"vocab_padding": 0, **fields["model"]}
         model["sync_factors"] = _pairs(model["sync_factors"])
-        # Checkpoints that are older than the field had no schedule.
         train = {"sync_schedule": (), **fields["train"]}
         train["sync_schedule"] = tuple(
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]

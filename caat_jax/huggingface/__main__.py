@@ -1,6 +1,6 @@
 """Imports a Llama from Hugging Face's format, and exports to it.
 
-    python -m caat_jax.huggingface import SRC_DIR WORKDIR [--tp_shards=8] [--sync_factor=1.0]
+    python -m caat_jax.huggingface import SRC_DIR WORKDIR [--tp_shards=8] [--sync_factor=1] [--pad]
     python -m caat_jax.huggingface export WORKDIR DST_DIR [--dtype=float32]
 
 SRC_DIR holds config.json and *.safetensors; what is written must be new or empty.
@@ -15,19 +15,21 @@ from absl import flags
 
 from caat_jax import command_line
 from caat_jax.config import user_paths
-from caat_jax.config.sections import Config
-from caat_jax.config.stored import to_json
+from caat_jax.config.architecture import Architecture
 from caat_jax.data import carried_tokenizer
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
-from caat_jax.huggingface import exporting, folders, importing, llama_config
+from caat_jax.huggingface import config_file, exporting, folders, importing, llama_config
 from configs import base
 
 _TP_SHARDS = flags.DEFINE_integer("tp_shards", 8, "Of an import: S, the tensor-parallel shards.")
 _SYNC_FACTOR = flags.DEFINE_float("sync_factor", 1.0, "Of an import: p of every sublayer.")
+_PAD = flags.DEFINE_bool(
+    "pad", False, "Of an import: add zero heads, MLP columns and ids where S does not divide them."
+)
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of an export: float32, bfloat16 or float16.")
 
-_OTHERS_FLAGS = {"import": (_DTYPE,), "export": (_TP_SHARDS, _SYNC_FACTOR)}
+_OTHERS_FLAGS = {"import": (_DTYPE,), "export": (_TP_SHARDS, _SYNC_FACTOR, _PAD)}
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +47,11 @@ def main(arguments: list[str]) -> None:
 
 def _import(source: Path, workdir: Path) -> None:
     imported = importing.import_llama(
-        source, workdir, tp_shards=_TP_SHARDS.value, sync_factor=_SYNC_FACTOR.value
+        source,
+        workdir,
+        tp_shards=_TP_SHARDS.value,
+        sync_factor=_SYNC_FACTOR.value,
+        pad=_PAD.value,
     )
     config = imported.config
     arch = config.model
@@ -54,6 +60,8 @@ def _import(source: Path, workdir: Path) -> None:
         f" {imported.parameters / 1e6:,.1f} M parameters from {', '.join(imported.dtypes)};"
         f" S={arch.tp_shards}, p={arch.describe_sync_factors()}"
     )
+    if sizes := _padded_sizes(imported.real, arch):
+        print(f"Padded with zeros, which are computed like any others: {sizes}")
     if imported.unties:
         print(
             "config.json says tie_word_embeddings, but lm_head.weight is stored and differs from"
@@ -69,8 +77,17 @@ def _import(source: Path, workdir: Path) -> None:
     else:
         print(_roles(carried_tokenizer.load(config.data.tokenizer, workdir)))
     print(shlex.join(["python", "eval.py", f"--workdir={workdir}"]))
-    train = ["python", "train.py", "--config=configs/base.py", f"--workdir={workdir}"]
-    print(shlex.join([*train, *_flags(config)]))
+    train = ["python", "train.py", f"--config={workdir / config_file.NAME}"]
+    print(shlex.join([*train, f"--workdir={workdir}"]))
+    print("Both take --config.data.files=PATTERN; training wants its learning rate and steps too")
+
+
+def _padded_sizes(real: Architecture, padded: Architecture) -> str:
+    pairs = {
+        name: (getattr(real, name), getattr(padded, name))
+        for name in ("heads", "kv_heads", "mlp_dim", "vocab_size")
+    }
+    return ", ".join(f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b)
 
 
 def _roles(tokenizer: Tokenizer) -> str:
@@ -78,19 +95,6 @@ def _roles(tokenizer: Tokenizer) -> str:
     bos = f"{tokenizer.token(tokenizer.bos_id)} ({tokenizer.bos_id})"
     before = "before each text" if tokenizer.prefix else "which this tokeniser adds nowhere"
     return f"By {tokenizer.roles.source}, BOS is {bos}, {before}, and text ends at {stops}"
-
-
-def _flags(config: Config) -> list[str]:
-    """The fields that differ from the base configuration, since train.py compares them."""
-    fields = to_json(config)
-    fields["model"]["sync_factor"] = fields["model"].pop("sync_factors")[0][0]
-    usual = base.get_config()
-    return [
-        f"--config.{section}.{name}={fields[section][name]}"
-        for section in ("model", "data")
-        for name in usual[section]
-        if name in fields[section] and fields[section][name] != usual[section][name]
-    ]
 
 
 def _export(workdir: Path, destination: Path) -> None:
@@ -102,6 +106,8 @@ def _export(workdir: Path, destination: Path) -> None:
         f"Exported step {exported.step} of {workdir} to {destination} in {_DTYPE.value};"
         f" S={arch.tp_shards}, p={arch.describe_sync_factors()}"
     )
+    if sizes := _padded_sizes(exported.arch, arch):
+        print(f"Without the zeros that padded it: {sizes}")
     print(f'AutoModelForCausalLM.from_pretrained("{destination}"{remote})')
 
 

@@ -1,5 +1,6 @@
 """From a workdir to a folder that `transformers` loads."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ import numpy as np
 from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config import user_paths
+from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data import carried_tokenizer
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
-from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
+from caat_jax.huggingface import folders, llama_config, mapping, padding, safetensors_files
+from caat_jax.model.transformer import Blueprint
 from caat_jax.training.step import Programs
 
 CODE = Path(__file__).parent / "exported_code" / "modeling_caat_llama.py"
@@ -27,10 +30,11 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Exported(NamedTuple):
-    """The step of the exported checkpoint, and its configuration."""
+    """The step of the exported checkpoint, its configuration, and what is left of its sizes."""
 
     step: int
     config: Config
+    arch: Architecture
 
 
 def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
@@ -51,46 +55,90 @@ def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
         allowed = ", ".join(safetensors_files.DTYPES.values())
         raise InputError(f"--dtype={dtype} is not one of {allowed}")
     step, config = checkpoint.newest_config(workdir)
-    arch = config.model
+    one_device = sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1])
+    programs = Programs(config, one_device)
+    with Checkpoints(workdir) as checkpoints:
+        arch = _without_padding(checkpoints, step, programs, workdir)
     if llama_config.is_dense(arch) and arch.embed_dim % arch.heads:
         raise InputError(
             f"model.embed_dim={arch.embed_dim} is not a multiple of model.heads={arch.heads}, which"
             " transformers requires of a Llama"
         )
-    one_device = sharding.create_mesh(MeshConfig(1, 1, 1, 0), jax.devices()[:1])
-    programs = Programs(config, one_device)
     with folders.complete_folder(destination) as folder:
-        _write_configuration(folder, workdir, config, dtype)
-        shapes = programs.state_shapes.parameters
+        _write_configuration(folder, workdir, config, arch, dtype)
+        shapes = Blueprint(arch, config.compute, "cpu").shapes
         tensor_shapes = {
             name: shape
             for row in mapping.rows(arch)
             for name, _, shape in mapping.tensors(row, mapping.at(shapes, row).shape)
         }
         with Checkpoints(workdir) as checkpoints:
-            arrays = _tensors(checkpoints, step, programs, dtype)
+            arrays = _tensors(checkpoints, step, programs, arch, shapes, dtype)
             safetensors_files.write(folder, tensor_shapes, dtype, arrays)
-    return Exported(step, config)
+    return Exported(step, config, arch)
+
+
+def _without_padding(
+    checkpoints: Checkpoints, step: int, programs: Programs, workdir: Path
+) -> Architecture:
+    """The architecture to export: without what an import added, where that is zero still.
+
+    Where p < 1, shards own equal parts of everything, and the padding belongs to the function.
+    """
+    arch = programs.config.model
+    carried = workdir / carried_tokenizer.IMPORTED_FOLDER
+    if not llama_config.is_dense(arch):
+        return arch
+    real = dataclasses.replace(arch, vocab_size=arch.vocab_size - arch.vocab_padding)
+    real = dataclasses.replace(real, vocab_padding=0)
+    if not carried.is_dir():
+        return real
+    came = llama_config.model_fields(llama_config.read(carried), carried / llama_config.FILE)
+    for parameter, names in (("output", ("heads", "kv_heads")), ("down", ("mlp_dim",))):
+        smaller = dataclasses.replace(real, **{name: came[name] for name in names})
+        (row,) = (row for row in mapping.TABLE if row.parameter[-1] == parameter)
+        if smaller == real:
+            continue
+        layers = _read(checkpoints, step, programs, row)
+        if all(
+            np.count_nonzero(layer)
+            == np.count_nonzero(padding.real_part(layer, row, smaller, arch))
+            for layer in layers
+        ):
+            real = smaller
+    return real
+
+
+def _read(checkpoints: Checkpoints, step: int, programs: Programs, row: mapping.Row) -> np.ndarray:
+    wanted = mapping.nested(row, mapping.at(programs.state_shapes.parameters, row))
+    return np.asarray(mapping.at(checkpoints.restore_parameters(step, wanted), row))
 
 
 def _tensors(
-    checkpoints: Checkpoints, step: int, programs: Programs, dtype: str
+    checkpoints: Checkpoints,
+    step: int,
+    programs: Programs,
+    arch: Architecture,
+    shapes: Any,
+    dtype: str,
 ) -> Iterator[np.ndarray]:
-    """The tensors in the table's order, read parameter by parameter."""
-    shapes = programs.state_shapes.parameters
-    for row in mapping.rows(programs.config.model):
-        wanted = mapping.nested(row, mapping.at(shapes, row))
-        restored = checkpoints.restore_parameters(step, wanted)
-        parameter = np.asarray(mapping.at(restored, row))
+    """The tensors of `arch` in the table's order, read parameter by parameter."""
+    for row in mapping.rows(arch):
+        parameter = _read(checkpoints, step, programs, row)
         if dtype == "float16" and np.abs(parameter).max() > np.finfo(np.float16).max:
             raise InputError(
                 f"--dtype=float16 is too narrow for {'.'.join(row.parameter)}; use bfloat16"
             )
-        for _, layer, _ in mapping.tensors(row, parameter.shape):
-            yield mapping.as_tensor(row, parameter if layer is None else parameter[layer])
+        shape = mapping.at(shapes, row).shape
+        for _, layer, _ in mapping.tensors(row, shape):
+            whole = parameter if layer is None else parameter[layer]
+            part = padding.real_part(whole, row, arch, programs.config.model)
+            yield mapping.as_tensor(row, part.reshape(shape if layer is None else shape[1:]))
 
 
-def _write_configuration(folder: Path, workdir: Path, config: Config, dtype: str) -> None:
+def _write_configuration(
+    folder: Path, workdir: Path, config: Config, arch: Architecture, dtype: str
+) -> None:
     """Writes everything but the weights: what was imported with them, or else the run's own."""
     carried = workdir / carried_tokenizer.IMPORTED_FOLDER
     if carried.is_dir():
@@ -104,9 +152,9 @@ def _write_configuration(folder: Path, workdir: Path, config: Config, dtype: str
         token_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         _copy_tokenizer(folder, carried_tokenizer.find(config.data.tokenizer, workdir), tokenizer)
         _write_json(folder / "generation_config.json", token_ids)
-    fields = llama_config.to_fields(config.model, dtype=dtype, max_length=length) | token_ids
+    fields = llama_config.to_fields(arch, dtype=dtype, max_length=length) | token_ids
     _write_json(folder / llama_config.FILE, fields)
-    if not llama_config.is_dense(config.model):
+    if not llama_config.is_dense(arch):
         shutil.copyfile(CODE, folder / CODE.name)
 
 

@@ -20,7 +20,14 @@ from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.files import refuse_links_out
-from caat_jax.huggingface import folders, llama_config, mapping, safetensors_files
+from caat_jax.huggingface import (
+    config_file,
+    folders,
+    llama_config,
+    mapping,
+    padding,
+    safetensors_files,
+)
 from caat_jax.huggingface.safetensors_files import StoredTensor
 from caat_jax.model.transformer import Blueprint
 from caat_jax.training.step import Programs
@@ -28,19 +35,31 @@ from configs import base
 
 
 class Imported(NamedTuple):
-    """The workdir's configuration, the number of parameters and the dtypes in the files.
+    """The workdir's configuration, and what the files held: architecture, parameters, dtypes.
 
-    `unties`: config.json ties the head to the embedding, and the files have another head, which is
-    kept as `transformers` keeps it.
+    `real` differs from `config.model` where that is padded.  `unties`: config.json ties the head to
+    the embedding, and the files have another head, which is kept as `transformers` keeps it.
     """
 
     config: Config
+    real: Architecture
     parameters: int
     dtypes: tuple[str, ...]
     unties: bool
 
 
-def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: float) -> Imported:
+class _Source(NamedTuple):
+    """A folder's checked tensors, their architecture (S = 1), and the model to make of them."""
+
+    config: Config
+    real: Architecture
+    tensors: Mapping[str, StoredTensor]
+    unties: bool
+
+
+def import_llama(
+    source: Path, workdir: Path, *, tp_shards: int, sync_factor: float, pad: bool = False
+) -> Imported:
     """Writes a workdir with the weights of a Llama, a fresh optimizer state and a configuration.
 
     Values are read and placed on the devices of the mesh one parameter after another.
@@ -50,23 +69,25 @@ def import_llama(source: Path, workdir: Path, *, tp_shards: int, sync_factor: fl
       workdir: a folder that is new or empty.
       tp_shards: S.
       sync_factor: p of every sublayer; below 1 the function differs from the source's.
+      pad: whether to add zero heads, MLP columns and ids where S does not divide them.
 
     Raises:
       InputError: something given cannot work; nothing is written then.
     """
     folders.check_new(workdir)
     refuse_links_out(source)
-    config, tensors, unties = _open(
-        source, workdir.absolute() / IMPORTED_FOLDER, tp_shards, sync_factor
-    )
+    opened = _open(source, workdir.absolute() / IMPORTED_FOLDER, tp_shards, sync_factor, pad)
+    config = opened.config
     programs = Programs(config, _mesh(config.model))
-    parameters = _parameters(config.model, programs.state_shapes.parameters, tensors)
+    parameters = _parameters(opened, programs.state_shapes.parameters)
     with folders.complete_folder(workdir) as folder:
         folders.copy_files(folders.CARRIED, source, folder / IMPORTED_FOLDER)
+        (folder / config_file.NAME).write_text(config_file.source_code(config))
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(programs.fresh_state(parameters), 0, config, NOTHING_READ)
-    dtypes = tuple(sorted({tensor.dtype for tensor in tensors.values()}))
-    return Imported(config, programs.blueprint.size, dtypes, unties)
+    dtypes = tuple(sorted({tensor.dtype for tensor in opened.tensors.values()}))
+    size = Blueprint(opened.real, config.compute, "cpu").size
+    return Imported(config, opened.real, size, dtypes, opened.unties)
 
 
 def read_llama(
@@ -84,47 +105,41 @@ def read_llama(
     Raises:
       InputError: something given cannot work.
     """
-    config, tensors, _ = _open(source, source.absolute(), tp_shards, sync_factor)
-    config = dataclasses.replace(config, mesh=sizes)
+    opened = _open(source, source.absolute(), tp_shards, sync_factor, pad=False)
+    config = dataclasses.replace(opened.config, mesh=sizes)
     config = dataclasses.replace(config, mesh=resolve_mesh(config, len(devices)))
     mesh = sharding.create_mesh(config.mesh, list(devices))
     blueprint = Blueprint(config.model, config.compute, sharding.platform(mesh))
-    return TrainedModel(
-        source, 0, config, mesh, _parameters(config.model, blueprint.on_mesh(mesh), tensors)
-    )
+    return TrainedModel(source, 0, config, mesh, _parameters(opened, blueprint.on_mesh(mesh)))
 
 
 def _open(
-    source: Path, tokenizer_folder: Path, tp_shards: int, sync_factor: float
-) -> tuple[Config, Mapping[str, StoredTensor], bool]:
-    """The configuration, the checked tensors, and whether they have a head that is not tied."""
+    source: Path, tokenizer_folder: Path, tp_shards: int, sync_factor: float, pad: bool
+) -> _Source:
     fields = llama_config.read(source)
     tensors = safetensors_files.stored_tensors(source)
-    config = _configuration(fields, source, tokenizer_folder, tp_shards, sync_factor)
-    unties = config.model.tied_head and mapping.has_other_head(tensors)
-    if unties:
-        arch = dataclasses.replace(config.model, tied_head=False)
-        config = dataclasses.replace(config, model=arch)
+    path = source / llama_config.FILE
+    model = llama_config.model_fields(fields, path)
+    length = llama_config.max_length(fields, path)
+    unties = model["tied_head"] and mapping.has_other_head(tensors)
+    model["tied_head"] = model["tied_head"] and not unties
+    real = _configuration(model, length, source, tokenizer_folder)
+    if pad and tp_shards >= 1:
+        model = padding.padded_fields(model, tp_shards)
+    else:
+        _check_shards(model, tp_shards)
+    split = dict(tp_shards=tp_shards, sync_factor=sync_factor)
+    config = _configuration(model | split, length, source, tokenizer_folder)
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    mapping.check(found, config.model, Blueprint(config.model, config.compute, "cpu").shapes)
-    return config, tensors, unties
+    mapping.check(found, real.model, Blueprint(real.model, real.compute, "cpu").shapes)
+    return _Source(config, real.model, tensors, unties)
 
 
 def _configuration(
-    fields: dict[str, Any],
-    source: Path,
-    tokenizer_folder: Path,
-    tp_shards: int,
-    sync_factor: float,
+    model: dict[str, Any], length: int, source: Path, tokenizer_folder: Path
 ) -> Config:
-    path = source / llama_config.FILE
-    model = llama_config.model_fields(fields, path)
-    _check_shards(model, tp_shards)
     config = base.get_config()
-    config.model.update(model)
-    config.model.tp_shards = tp_shards
-    config.model.sync_factor = sync_factor
-    length = llama_config.max_length(fields, path)
+    config.model.update(dict(tp_shards=1) | model)
     config.data.sequence_length = min(config.data.sequence_length, length)
     for name in folders.TOKENIZERS:
         if (source / name).is_file():
@@ -145,8 +160,6 @@ def _check_shards(model: Mapping[str, Any], tp_shards: int) -> None:
     """Refuses a number of shards that the weights cannot be split into.
 
     Key/value heads are split over the shards, or, where there are fewer, shared by some.
-    A vocabulary is not padded to a multiple: rows of zeros would have logits of 0, not of −∞, and
-    so take probability from the others; no weights without a bias can say −∞.
     """
     split = {name: model[name] for name in ("heads", "mlp_dim", "vocab_size")}
     common, kv_heads = math.gcd(*split.values()), model["kv_heads"]
@@ -161,27 +174,35 @@ def _check_shards(model: Mapping[str, Any], tp_shards: int) -> None:
         )
         raise InputError(
             f"--tp_shards={tp_shards} does not divide all of {sizes} (or is no multiple of"
-            f" kv_heads); allowed: {', '.join(map(str, allowed))}"
+            f" kv_heads); allowed: {', '.join(map(str, allowed))}, or others with --pad"
         )
 
 
-def _parameters(arch: Architecture, shapes: Any, tensors: Mapping[str, StoredTensor]) -> Any:
+def _parameters(source: _Source, shapes: Any) -> Any:
     """The nested dictionary of parameters, laid out as in `shapes`."""
+    real_shapes = Blueprint(source.real, source.config.compute, "cpu").shapes
     parameters: dict[str, Any] = {}
-    for row in mapping.rows(arch):
+    for row in mapping.rows(source.real):
         *groups, name = row.parameter
         place = parameters
         for group in groups:
             place = place.setdefault(group, {})
-        place[name] = _parameter(row, mapping.at(shapes, row), tensors)
+        real_shape = mapping.at(real_shapes, row).shape
+        place[name] = _parameter(row, mapping.at(shapes, row), real_shape, source)
     return parameters
 
 
 def _parameter(
-    row: mapping.Row, wanted: jax.ShapeDtypeStruct, tensors: Mapping[str, StoredTensor]
+    row: mapping.Row,
+    wanted: jax.ShapeDtypeStruct,
+    real_shape: tuple[int, ...],
+    source: _Source,
 ) -> jax.Array:
-    values = np.empty(wanted.shape, wanted.dtype)
-    for name, layer, _ in mapping.tensors(row, wanted.shape):
-        part = values if layer is None else values[layer]
-        part[...] = mapping.as_parameter(row, tensors[name].array(), part.shape)
+    values = np.zeros(wanted.shape, wanted.dtype)
+    for name, layer, _ in mapping.tensors(row, real_shape):
+        whole = values if layer is None else values[layer]
+        part = padding.real_part(whole, row, source.real, source.config.model)
+        shape = real_shape if layer is None else real_shape[1:]
+        tensor = source.tensors[name].array()
+        part[...] = mapping.as_parameter(row, tensor, shape).reshape(part.shape)
     return jax.device_put(values, wanted.sharding)

@@ -135,6 +135,7 @@ def to_fields(arch: Architecture, *, dtype: str, max_length: int) -> dict[str, A
         },
         "tp_shards": arch.tp_shards,
         "sync_widths": arch.sync_widths,
+        "vocab_padding": arch.vocab_padding,
     }
 
 

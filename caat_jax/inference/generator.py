@@ -54,7 +54,8 @@ class Generator:
         """
         self.config = config
         self.programs = InferencePrograms(config, mesh)
-        self._vocabulary = config.model.vocab_size if vocabulary is None else vocabulary
+        ids = config.model.vocab_size - config.model.vocab_padding
+        self._vocabulary = ids if vocabulary is None else vocabulary
         self._rows_multiple = sharding.batch_parts(mesh)
         self._weights = wait_if_simulated(self.programs.prepare(parameters))
 

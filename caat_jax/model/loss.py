@@ -39,6 +39,16 @@ def most_likely(logits_GBTv: jax.Array) -> jax.Array:
     return lax.pmin(jnp.min(ids, axis=(0, -1)), "model")
 
 
+def without_padding(logits_GBTv: jax.Array, padding: int) -> jax.Array:
+    """The logits, −∞ for the last `padding` ids of the whole vocabulary; inside `jax.shard_map`."""
+    if not padding:
+        return logits_GBTv
+    groups, columns = logits_GBTv.shape[0], logits_GBTv.shape[-1]
+    vocabulary = lax.axis_size("model") * groups * columns
+    is_real = vocabulary_ids(logits_GBTv) < vocabulary - padding
+    return jnp.where(is_real, logits_GBTv, -jnp.inf)
+
+
 def _forward(logits, targets):
     largest = lax.pmax(jnp.max(logits, axis=(0, -1)), "model")
     exponentials = jnp.sum(jnp.exp(logits - largest[..., None]), axis=(0, -1))

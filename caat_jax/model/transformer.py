@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Compute
 from caat_jax.devices import sharding
-from caat_jax.model import attention, partial_sync
+from caat_jax.model import attention, loss, partial_sync
 from caat_jax.model.attention import Attend
 from caat_jax.model.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
 from caat_jax.model.norm_product import norm_and_project
@@ -148,13 +148,14 @@ class Transformer(nnx.Module):
         columns = partial_sync.scaled_columns(
             self.final_norm[...], weights, common_width, self.dtype
         )
-        return norm_and_project(
+        logits = norm_and_project(
             stream,
             columns,
             epsilon=self.arch.norm_epsilon,
             out_dtype=jnp.float32,
             for_tpu=self.wire.for_tpu,
         )
+        return loss.without_padding(logits, self.arch.vocab_padding)
 
     def _gathered(self, parameter: nnx.Param) -> jax.Array:
         return sharding.gather(parameter[...].astype(self.dtype), parameter.logical_axes)

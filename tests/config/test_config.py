@@ -65,6 +65,8 @@ BAD_FIELDS = [
     ({"model__mlp_dim": 770}, ["model.mlp_dim=770", "model.tp_shards=8", "768 or 776"]),
     ({"model__vocab_size": 258}, ["model.vocab_size=258", "256 or 264", "model.vocab_size=-1"]),
     ({"model__vocab_size": 0}, ["model.vocab_size=0", "at least 1"]),
+    ({"model__vocab_padding": -1}, ["model.vocab_padding=-1", "at least 0"]),
+    ({"model__vocab_size": 8, "model__vocab_padding": 8}, ["model.vocab_padding=8", "at most 7"]),
     ({"model__kv_heads": 16}, ["model.kv_heads=16", "model.heads=8"]),
     ({"model__embed_dim": 260}, ["model.embed_dim=260", "model.heads=8", "256 or 264"]),
     ({"model__embed_dim": 8}, ["model.head_dim=1", "even"]),
@@ -287,6 +289,10 @@ def test_vocabulary_that_is_given():
     assert config.with_vocabulary(264) == config.with_vocabulary(10) == config
     with pytest.raises(InputError, match=r"265 ids.*model\.vocab_size=264; use .*=272"):
         config.with_vocabulary(265)
+    config = resolved(model__vocab_size=264, model__vocab_padding=6)
+    assert config.with_vocabulary(258) == config
+    with pytest.raises(InputError, match=r"259 ids.*_size=264 - model\.vocab_padding=6; .*=272"):
+        config.with_vocabulary(259)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

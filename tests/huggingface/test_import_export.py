@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -15,6 +17,7 @@ from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.checkpoints.trained import tokenizer_of
 from caat_jax.config.resolve import resolve
+from caat_jax.config.sections import MeshConfig
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.data.token_cache import open_cache
 from caat_jax.errors import InputError
@@ -116,16 +119,6 @@ def write_tokenizer(path):
     tokenizer.save(str(path))
 
 
-def from_flags(flags):
-    """The base configuration with flags such as --config.model.layers=2."""
-    config = base.get_config()
-    for flag in flags:
-        name, value = flag.removeprefix("--config.").split("=", 1)
-        section, field = name.split(".")
-        config[section][field] = type(config[section][field])(value)
-    return config
-
-
 def test_import_evaluate_train_on_and_export(tmp_path, capsys):
     """With what the import prints."""
     source, workdir, out = tmp_path / "source", tmp_path / "a run", tmp_path / "out"
@@ -133,14 +126,14 @@ def test_import_evaluate_train_on_and_export(tmp_path, capsys):
     write_tokenizer(source / "tokenizer.json")
     (source / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     said = do(capsys, "import", source, workdir, "--tp_shards=4", "--sync_factor=0.25")
-    evaluate, train = (shlex.split(line) for line in said.splitlines()[-2:])
+    evaluate, train = (shlex.split(line) for line in said.splitlines()[-3:-1])
     assert evaluate == ["python", "eval.py", f"--workdir={workdir}"]
-    assert train[:3] == ["python", "train.py", "--config=configs/base.py"]
-    assert train[3] == f"--workdir={workdir}"
-    config = from_flags(train[4:])
+    assert train == ["python", "train.py", f"--config={workdir}/config.py", f"--workdir={workdir}"]
+    config = runpy.run_path(str(workdir / "config.py"))["get_config"]()
     assert config.data.tokenizer == f"{workdir}/huggingface/tokenizer.json"
     step, stored = checkpoint.newest_config(workdir)
     assert (step, stored.model.sync_factors) == (0, ((0.25, 0.25),) * 2)
+    assert resolve(config) == stored
 
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -360,3 +353,107 @@ def test_refused_as_users_see_it(tmp_path):
         check=False,
     )
     assert_refused((done.returncode, done.stdout, done.stderr), "has no config.json")
+
+
+# ---- Padding ------------------------------------------------------------------------------------
+
+
+def loss_gradients_and_logits(workdir, M):
+    """Of the newest checkpoint, on rows whose last token has no target."""
+    step, config = checkpoint.newest_config(workdir)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 1, M, 0))
+    programs = models.programs(config)
+    with Checkpoints(workdir) as checkpoints:
+        parameters = checkpoints.restore_parameters(step, programs.state_shapes.parameters)
+    rows = np.concatenate([ROWS, np.full_like(ROWS[:, :1], -1)], axis=1)
+    return models.loss_gradients_and_logits(programs, parameters, rows)
+
+
+def only(parameters, *, heads, kv_heads, mlp_dim, vocab_size):
+    """The parameters of these heads, and of so many of the others."""
+    attention, mlp = parameters["layers"]["attention"], parameters["layers"]["mlp"]
+    attention = attention | dict(
+        query=attention["query"][:, :, heads],
+        key=attention["key"][:, :, :kv_heads],
+        value=attention["value"][:, :, :kv_heads],
+        output=attention["output"][:, heads],
+    )
+    mlp = mlp | dict(
+        gate=mlp["gate"][:, :, :mlp_dim],
+        up=mlp["up"][:, :, :mlp_dim],
+        down=mlp["down"][:, :mlp_dim],
+    )
+    found = parameters | {"layers": dict(attention=attention, mlp=mlp)}
+    found["embedding"] = found["embedding"][:vocab_size]
+    return found | ({"head": found["head"][:, :vocab_size]} if "head" in found else {})
+
+
+NINE = dict(heads=18, kv_heads=9, mlp_dim=54, vocab_size=72, vocab_padding=8)
+SIXTEEN = dict(heads=16, kv_heads=4, mlp_dim=48, vocab_size=64, vocab_padding=0)
+
+
+@pytest.mark.parametrize(
+    ("shards", "sizes", "heads", "M"),
+    [
+        (9, NINE, range(8), 1),
+        (16, SIXTEEN, [0, 1, 4, 5, 8, 9, 12, 13], 8),  # each key/value head has two more
+    ],
+    ids=["S=9", "S=16"],
+)
+def test_padded_import_is_the_dense_function(tmp_path, capsys, shards, sizes, heads, M):
+    """Logits, loss and every gradient; and the same tensors out again."""
+    source, workdir = tmp_path / "source", tmp_path / "run"
+    parameters = llama_by_hand(source, tied=shards == 16)
+    flags = ["import", source, workdir, f"--tp_shards={shards}"]
+    assert_refused(run(capsys, *flags), "--pad")
+    assert f"heads 8 → {sizes['heads']}" in do(capsys, *flags, "--pad=true")
+    arch = checkpoint.newest_config(workdir)[1].model
+    assert {name: getattr(arch, name) for name in sizes} == sizes
+
+    loss, gradients, logits = loss_gradients_and_logits(workdir, M)
+    dense = dict(rope_base=100.0, norm_epsilon=1e-5)
+    assert_close(logits[..., :64], reference.dense_forward(parameters, ROWS, **dense))
+    assert np.isneginf(logits[..., 64:]).all()
+    targets = np.concatenate([ROWS[:, 1:], np.full_like(ROWS[:, :1], -1)], axis=1)
+    expected_loss, expected = reference.loss_and_gradients(
+        parameters, ROWS, targets, tp_shards=1, sync_widths=((32, 32),) * 2, **dense
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    found = only(gradients, heads=list(heads), kv_heads=4, mlp_dim=48, vocab_size=64)
+    jax.tree.map(lambda a, b: assert_close(a, b, tolerance=1e-5), found, expected)
+    if shards == 9:  # nothing else moves
+        moved = [np.count_nonzero(a) for a in jax.tree.leaves(gradients)]
+        assert moved == [np.count_nonzero(a) for a in jax.tree.leaves(found)]
+
+    do(capsys, "export", workdir, tmp_path / "back")
+    back = read_file(tmp_path / "back" / "model.safetensors")
+    assert back == read_file(source / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [9, 16], ids=lambda shards: f"S={shards}")
+def test_padded_import_trained_on(tmp_path, capsys, shards):
+    """Zeros that are zero still are left out of an export; heads that have learnt are kept."""
+    source, workdir, out = tmp_path / "source", tmp_path / "run", tmp_path / "trained"
+    llama_by_hand(source)
+    write_tokenizer(source / "tokenizer.json")
+    do(capsys, "import", source, workdir, f"--tp_shards={shards}", "--pad=true")
+    (tmp_path / "texts").mkdir()
+    for number in range(12):
+        (tmp_path / "texts" / str(number)).write_text("abcdefghijkl"[number] * 99)
+    config = runpy.run_path(str(workdir / "config.py"))["get_config"]()
+    config.data.update(files=f"{tmp_path}/texts/*", cache_dir=f"{tmp_path}/cache")
+    config.data.update(holdout_every=2, sequence_length=16)
+    config.optimizer.warmup_steps = 0
+    config.train.update(steps=2, global_batch=8)
+    loop.train(resolve(config), workdir)
+
+    said = do(capsys, "export", workdir, out)
+    assert ("heads 8 → 18" in said) == (shards == 9)
+    fields = json.loads((out / "config.json").read_text())
+    assert fields["num_attention_heads"] == {9: 8, 16: 16}[shards] and fields["vocab_size"] == 64
+    trained, first = (read_file(f / "model.safetensors") for f in (out, source))
+    assert not any(trained[name][2] == first[name][2] for name in first)
+    do(capsys, "import", out, tmp_path / "again", "--tp_shards=1")
+    expected = our_logits(workdir)[0][..., :64]
+    assert_close(our_logits(tmp_path / "again")[0], expected, tolerance=1e-5)

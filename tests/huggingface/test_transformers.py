@@ -102,7 +102,9 @@ def test_shorter_types_and_several_files(tmp_path, capsys, dtype):
 
 CAAT_NETS = {
     "half": dict(sync_factor=0.5),
-    "nothing shared": dict(sync_factor=0.0, tp_shards=4, head_dim=6),
+    "nothing shared": dict(
+        sync_factor=0.0, tp_shards=4, head_dim=6, vocab_size=72, vocab_padding=8
+    ),
     "tied": dict(sync_factor=0.3, tied_head=True, norm_epsilon=0.01),
     "shared heads": dict(sync_factor=0.5, kv_heads=2),
     "per sublayer": dict(sync_factor_per_layer=((0.25, 0.75), 0.5), rope_base=50.0),

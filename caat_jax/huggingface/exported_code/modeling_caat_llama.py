@@ -30,7 +30,8 @@ from transformers.utils import TransformersKwargs
 class CaatLlamaConfig(LlamaConfig):
     """A Llama's configuration, and how it is split.
 
-    `tp_shards` is S; `sync_widths` has the pair D_s of (attention, MLP) for every layer.
+    `tp_shards` is S; `sync_widths` has the pair D_s of (attention, MLP) for every layer; the last
+    `vocab_padding` ids are none, and their logits −∞.
     """
 
     model_type = "caat_llama"
@@ -39,6 +40,7 @@ class CaatLlamaConfig(LlamaConfig):
     base_model_pp_plan = None
     tp_shards: int = 1
     sync_widths: list | None = None
+    vocab_padding: int = 0
 
 
 class RepeatedEmbedding(nn.Embedding):
@@ -64,6 +66,19 @@ class ColumnParallel(nn.Linear):
         x_BxTxSxD = x.unflatten(-1, (-1, self.in_features))
         weight_SxnxD = self.weight.unflatten(0, (x_BxTxSxD.shape[-2], -1))
         return torch.einsum("btsd,snd->btsn", x_BxTxSxD, weight_SxnxD).flatten(-2)
+
+
+class PaddedHead(ColumnParallel):
+    """Logits, those of the last `padding` ids −∞."""
+
+    padding: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        is_padding = torch.arange(self.out_features, device=x.device) >= (
+            self.out_features - self.padding
+        )
+        return logits.masked_fill(is_padding, -math.inf)
 
 
 class SharedColumnParallel(ColumnParallel):
@@ -143,7 +158,7 @@ class CaatLlamaForCausalLM(LlamaForCausalLM):
             for output, width in zip((attention.o_proj, mlp.down_proj), widths, strict=True):
                 turn_into(PartialRowParallel, output, shards=shards, sync_width=width)
         turn_into(NormOfStreams, self.model.norm)
-        turn_into(ColumnParallel, self.lm_head)
+        turn_into(PaddedHead, self.lm_head, padding=config.vocab_padding)
 
     @functools.wraps(LlamaForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
