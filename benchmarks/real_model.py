@@ -11,7 +11,9 @@ for each comparison, and exits with code 1 after the first that fails:
 - greedy continuations of prompts, one in two of them a chat, are the same tokens;
 - the mean loss on English documentation differs by at most 1e-4;
 - the exported tensors are the imported ones, bit for bit;
-- log-likelihoods of answers to questions differ by at most 1e-4 from lm_eval's `hf`.
+- log-likelihoods of answers to questions are at most 1e-4 from exact ones (float64, by
+  `tests/reference.py`), or no farther than those of lm_eval's `hf` on the exported folder; both
+  distances are printed, and that between the two.
 """
 
 import importlib.util
@@ -37,8 +39,11 @@ from caat_jax.huggingface import exporting, importing
 from caat_jax.inference import chat
 from caat_jax.inference.generator import Generator
 from caat_jax.training.step import Programs
+from tests import reference
 
-TP_SHARDS = flags.DEFINE_integer("tp_shards", 3, "S: 1 or 3.", lower_bound=1)
+TP_SHARDS = flags.DEFINE_integer(
+    "tp_shards", 3, "S; what it does not divide is padded.", lower_bound=1
+)
 PROMPTS = flags.DEFINE_integer("prompts", 20, "Prompts to continue.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "Tokens after each prompt.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 50_000, "Tokens of the text.", lower_bound=512)
@@ -61,7 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, workdir, back = (Path(folder) / name for name in ("source", "run", "back"))
         _write_llama(source)
-        importing.import_llama(source, workdir, tp_shards=TP_SHARDS.value, sync_factor=1.0)
+        importing.import_llama(
+            source, workdir, tp_shards=TP_SHARDS.value, sync_factor=1.0, pad=True
+        )
         step, config = checkpoints.newest_config(workdir)
         ours = restore_model(workdir, step, config)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
@@ -70,7 +77,7 @@ def main() -> None:
         _compare_loss(workdir, theirs, their_tokenizer)
         exporting.export(workdir, back, dtype="float32")
         _compare_files(back, source)
-        _compare_answers(ours, source)
+        _compare_answers(ours, source, back)
 
 
 def _write_llama(folder: Path) -> None:
@@ -164,7 +171,7 @@ def _compare_files(back: Path, source: Path) -> None:
     _check(fields["tie_word_embeddings"], "and the head tied as it was")
 
 
-def _compare_answers(ours: TrainedModel, source: Path) -> None:
+def _compare_answers(ours: TrainedModel, source: Path, back: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -179,13 +186,39 @@ def _compare_answers(ours: TrainedModel, source: Path) -> None:
             requests.append(Instance("loglikelihood", {}, pair, len(requests)))
     scorer = Scorer(Programs(ours.config, ours.mesh), ours.parameters, ROWS)
     found = HarnessModel(scorer, ours.tokenizer, lambda: None).loglikelihood(requests)
-    model = HFLM(pretrained=str(source), dtype="float32", device="cpu", batch_size=ROWS)
-    expected = model.loglikelihood(requests)
-    worst = max(abs(a[0] - b[0]) for a, b in zip(found, expected, strict=True))
-    greedy = all(bool(a[1]) == bool(b[1]) for a, b in zip(found, expected, strict=True))
-    said = f"{len(requests)} answers: log-likelihoods within {worst:.1e} of lm_eval's hf"
+    model = HFLM(pretrained=str(back), dtype="float32", device="cpu", batch_size=ROWS)
+    theirs = model.loglikelihood(requests)
+    greedy = all(bool(a[1]) == bool(b[1]) for a, b in zip(found, theirs, strict=True))
+    _check(greedy, f"{len(requests)} answers: greedy or not as in lm_eval's hf")
+    exact = _exact_log_likelihoods(source, model.tokenizer, [request.args for request in requests])
+    a, b = (np.array([score[0] for score in scores]) for scores in (found, theirs))
+    ours_off, theirs_off, apart = (np.abs(x).max() for x in (a - exact, b - exact, a - b))
+    _check(
+        ours_off <= max(TOLERANCE, theirs_off),
+        f"log-likelihoods of {exact.min():.0f} to {exact.max():.0f} nats: at most {ours_off:.1e}"
+        f" from exact ones, lm_eval's hf {theirs_off:.1e} (on average {np.mean(b - exact):+.1e}),"
+        f" {apart:.1e} between the two",
+    )
 
-    _check(greedy and worst <= TOLERANCE, said)
+
+def _exact_log_likelihoods(
+    source: Path, tokenizer: Any, pairs: list[tuple[str, str]]
+) -> np.ndarray:
+    """Of each (context, continuation), in float64 throughout."""
+    model = caat_jax.load(source, mesh={})
+    rope_base, epsilon = model.config.model.rope_base, model.config.model.norm_epsilon
+    parameters = reference.map_arrays(reference.to_float64, jax.device_get(model.parameters))
+    sums = []
+    for context, continuation in pairs:
+        start = len(tokenizer(context)["input_ids"])
+        ids = np.array(tokenizer(context + continuation)["input_ids"])
+        logits = reference.dense_forward(
+            parameters, ids[None, :-1], rope_base=rope_base, norm_epsilon=epsilon
+        )[0, start - 1 :]
+        largest = logits.max(axis=-1)
+        log_total = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
+        sums.append((logits[np.arange(len(logits)), ids[start:]] - log_total).sum())
+    return np.array(sums)
 
 
 if __name__ == "__main__":

