@@ -1,6 +1,6 @@
 """Workers of `links.py`: one process on each host for all variants of one kind of system.
 
-python -m benchmarks.link_workers ours P[,P...] HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers ours P:WIRE[,P:WIRE...] HOSTS HOST PORT SIZES
 python -m benchmarks.link_workers dense replicated,sequence HOSTS HOST PORT SIZES
 python -m benchmarks.link_workers torch - HOSTS HOST PORT SIZES
 
@@ -73,14 +73,17 @@ class Sizes:
 Workloads = dict[str, Callable[[], dict[str, float]]]
 
 
-def build_ours(p: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
+def build_ours(variant: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
     """This project's training step and `Generator`, S = M = the number of hosts."""
     import jax
 
     from caat_jax.communication import traced_programs
     from caat_jax.inference.generator import Generator
 
-    programs = _programs(float(p), place, sizes)
+    p, wire = variant.split(":")
+    if wire == "bfloat16":
+        _send_bfloat16()
+    programs = _programs(float(p), place, sizes, wire)
     step = _train_step(
         programs.train_step, programs.initial_state(), _batch(sizes, programs.batch_sharding)
     )
@@ -230,7 +233,37 @@ def _join(place: Place) -> None:
     )
 
 
-def _programs(p: float, place: Place, sizes: Sizes) -> Any:
+def _send_bfloat16() -> None:
+    """Makes reductions in bfloat16 send 2 bytes a number, which XLA for CPUs widens to 4.
+
+    In the two phases that types of 8 bits have: parts to their owners, sums to everybody.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    from caat_jax.model import reductions
+
+    as_it_is = reductions._sum_over_model
+
+    def sent(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+
+    def received(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
+
+    def sum_over_model(partial: jax.Array, dtype: jnp.dtype, wire: reductions.Wire) -> jax.Array:
+        if dtype != jnp.bfloat16:
+            return as_it_is(partial, dtype, wire)
+        parts = partial.reshape(lax.axis_size("model"), -1)
+        part = received(lax.all_to_all(sent(parts), "model", 0, 0)).sum(axis=0)
+        total = received(lax.all_gather(sent(part), "model"))
+        return total.reshape(partial.shape).astype(partial.dtype)
+
+    reductions._sum_over_model = sum_over_model
+
+
+def _programs(p: float, place: Place, sizes: Sizes, wire: str = "float32") -> Any:
     """The programs for a factor, on a mesh with one device of each host."""
     from caat_jax.config.resolve import resolve
     from caat_jax.devices import sharding
@@ -248,7 +281,7 @@ def _programs(p: float, place: Place, sizes: Sizes) -> Any:
         tp_shards=place.hosts,
         sync_factor=p,
     )
-    config.compute.scan_layers = False
+    config.compute.update(scan_layers=False, forward_wire_dtype=wire, backward_wire_dtype=wire)
     config.mesh.update(data=1, fsdp=1, model=place.hosts)
     config.train.global_batch = sizes.train_batch
     longest = max((g.prompt_length + g.new_tokens for g in sizes.generations), default=0)

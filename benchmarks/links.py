@@ -1,6 +1,7 @@
 """What partial synchronisation gains on links of limited bandwidth: training, prefill, decode.
 
     python -m benchmarks.links [--hosts=4] [--rate=25mbit --rate=400mbit] [--p=1 --p=0.5 --p=0.25]
+        [--wire=float32 --wire=bfloat16 --wire=int8 --wire=float8_e4m3fn]
         [--workload=train --workload=prefill --workload=decode] [--rounds=5] [--output=links]
         [--generate=1x64+17,64x8+9] [--peer_python=PATH] [--no_baselines]
 
@@ -35,6 +36,7 @@ from benchmarks.link_workers import Generation, Sizes
 from benchmarks.links_report import NO_LIMIT, WORKLOADS, Measurements, workload_of
 from benchmarks.workers import ROOT
 from caat_jax import command_line
+from caat_jax.config.resolve import FORWARD_WIRE_DTYPES
 from caat_jax.errors import InputError
 
 HOSTS = flags.DEFINE_integer("hosts", 4, "Number of hosts; also S and M.", 2)
@@ -44,6 +46,12 @@ RATES = flags.DEFINE_multi_string(
     "Rate of each link in each direction, as tc writes it: 100mbit, 2gbit; or none.",
 )
 FACTORS = flags.DEFINE_multi_float("p", [1.0, 0.5, 0.25], "Synchronisation factors; 1 is added.")
+WIRES = flags.DEFINE_multi_enum(
+    "wire",
+    ["float32"],
+    FORWARD_WIRE_DTYPES,
+    "Types of the reductions, in both directions; float32, with which all compare, is added.",
+)
 WORKLOAD = flags.DEFINE_multi_enum("workload", WORKLOADS, WORKLOADS, "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured at each rate.", 1)
 OUTPUT = flags.DEFINE_string("output", "links", "Where to write, without .json, .csv, .png.")
@@ -149,7 +157,9 @@ def _rates() -> dict[str, float | None]:
 
 def _kinds(factors: list[float]) -> list[tuple[str, dict[str, str], str]]:
     """For each kind of worker: its name, its variants and their systems' names, its Python."""
-    kinds = [("ours", {f"{p}": links_report.our_name(p) for p in factors}, sys.executable)]
+    wires = dict.fromkeys(["float32", *WIRES.value])
+    ours = {f"{p}:{wire}": links_report.our_name(p, wire) for wire in wires for p in factors}
+    kinds = [("ours", ours, sys.executable)]
     if not NO_BASELINES.value:
         kinds.append(("dense", DENSE, sys.executable))
     if PEER_PYTHON.value:

@@ -14,9 +14,9 @@ WORKLOADS = ("train", "prefill", "decode")
 NO_LIMIT = "none"
 
 
-def our_name(p: float) -> str:
-    """The name of this project's system at p."""
-    return f"caat_jax, p = {p:g}"
+def our_name(p: float, wire: str = "float32") -> str:
+    """The name of this project's system at p with reductions of this type in both directions."""
+    return f"caat_jax, p = {p:g}" + f" {wire}" * (wire != "float32")
 
 
 BASE = our_name(1.0)

@@ -50,11 +50,17 @@ def of_all(collectives: Iterable[Collective], chip: Chip, mesh: Mapping[str, int
 
 
 def transfer_seconds(collective: Collective, link: Link) -> float:
-    """One execution alone: hops · latency + bytes each device sends / bandwidth."""
+    """One execution alone: hops · latency + bytes each device sends / bandwidth.
+
+    In an all-to-all over n devices of a torus each also passes on what others send through it: half
+    of everything crosses the middle, together n/4 of one device's array on each link.
+    """
     hops = 1 if collective.kind == "collective-permute" else link.hops(collective.group_size)
     rounds = 2 if collective.kind == "all-reduce" else 1
-    sending = collective.wire_bytes / link.send_rate(collective.group_size)
-    return rounds * hops * link.latency + sending
+    sent = collective.wire_bytes
+    if collective.kind == "all-to-all" and link.closes_at:
+        sent = collective.payload_bytes * collective.group_size / 4
+    return rounds * hops * link.latency + sent / link.send_rate(collective.group_size)
 
 
 def span(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:

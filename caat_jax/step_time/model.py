@@ -2,6 +2,7 @@
 
     product       max(FLOPs / (peak · efficiency), bytes / memory rate); attention: the FLOPs alone
     optimizer     bytes / memory rate
+    quantising    bytes / memory rate, where reductions send 8 bits a number
     collective    hops · latency + bytes each device sends / bandwidth
 
 A ring of n devices takes n − 1 hops to gather or to scatter, and both for an all-reduce.  Of a
@@ -16,9 +17,11 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from caat_jax.communication import exposure, traced_programs
 from caat_jax.communication.audit import Audit
+from caat_jax.communication.collectives import Collective
 from caat_jax.communication.traced_programs import MatrixProduct, Operations
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding
@@ -30,6 +33,7 @@ from caat_jax.training.step import Programs
 # float32 arrays the size of the parameters that AdamW with clipping moves: it reads the gradient
 # for its norm, then gradient, parameter and two moments, and writes the last three.
 _OPTIMIZER_PASSES = 8
+_FLOAT32 = 4
 _CAN_OVERLAP = ("parameter gather", "gradient reduction")
 
 
@@ -71,12 +75,13 @@ class Prediction:
     chip: Chip
     products: float
     optimizer: float
+    quantising: float
     reductions: float  # over `model`, and the loss's; of a compiled step all that is exposed
     overlappable: float  # gathers of parameters, sums of gradients; none of a compiled step
 
     @property
     def compute(self) -> float:
-        return self.products + self.optimizer
+        return self.products + self.optimizer + self.quantising
 
     def exposed(self, overlap: bool) -> float:
         """Communication during which nothing is computed."""
@@ -148,7 +153,12 @@ def predict(
         workload=work,
         chip=chip,
         products=sum(p.times * product_seconds(p, chip, efficiency) for p in counted.products),
-        optimizer=_OPTIMIZER_PASSES * 4 * work.parameters / chip.memory_rate,
+        optimizer=_OPTIMIZER_PASSES * _FLOAT32 * work.parameters / chip.memory_rate,
+        quantising=sum(
+            c.times * quantising_bytes(c, jnp.dtype(work.config.compute.dtype).itemsize)
+            for c in counted.collectives
+        )
+        / chip.memory_rate,
         reductions=reductions,
         overlappable=overlappable,
     )
@@ -165,6 +175,20 @@ def product_seconds(product: MatrixProduct, chip: Chip, efficiency: float) -> fl
         if ATTENTION_SCOPE in product.name
         else max(arithmetic, product.bytes / chip.memory_rate)
     )
+
+
+def quantising_bytes(collective: Collective, activation_bytes: int) -> float:
+    """What quantising reads and writes around a collective of bytes, nothing around another.
+
+    Activations are read for the scales, read again and written as bytes; the parts that arrive are
+    read, and their sum, float32, is written, read twice and written as bytes.  After the all-gather
+    the bytes are read and activations written.
+    """
+    numbers = sum(math.prod(shape) for dtype, shape in collective.arrays if dtype == "uint8")
+    if collective.kind == "all-to-all":
+        of_sum = (3 * _FLOAT32 + 1) / collective.group_size
+        return numbers * (2 * activation_bytes + 2 + of_sum)
+    return numbers * (1 + activation_bytes)
 
 
 def _local_sizes(shapes: Any) -> list[int]:

@@ -204,6 +204,7 @@ def _prediction_json(row: Prediction, full: Prediction) -> dict[str, Any]:
         "wire_bytes_per_device": counted.wire_bytes,
         "matrix_products": row.products,
         "optimizer": row.optimizer,
+        "quantising": row.quantising,
         "compute": row.compute,
         "reductions": row.reductions,
         "gathers_and_gradient_sums": row.overlappable,

@@ -55,6 +55,28 @@ COLLECTIVES = (
 WORK = Workload(CONFIG, Operations(PRODUCTS, COLLECTIVES, ()), parameters=5, state_bytes=1000)
 
 
+def test_quantising_by_hand():
+    """24 numbers of float32: 24·(2·4 + 2 + 13/4) and 24·(1 + 4) bytes, twice, at 10 bytes/s."""
+    arrays = (("uint8", (4, 6)),)
+    collectives = tuple(
+        Collective(kind, ("model",), 4, "layer forward", arrays, 2)
+        for kind in ("all-to-all", "all-gather")
+    )
+    work = dataclasses.replace(WORK, operations=Operations((), (*COLLECTIVES, *collectives), ()))
+    prediction = predict(work, CHIP)
+    assert prediction.quantising == pytest.approx(2 * (24 * 13.25 + 24 * 5) / 10)
+    assert prediction.compute == prediction.optimizer + prediction.quantising
+    assert prediction.reductions == 36 + 2 * 2 * (3 * 1 + 24 * 3 / 4 / 8)
+
+
+def test_an_all_to_all_crosses_a_torus():
+    """Four devices in a ring: of each one's 64 bytes 16 go two links far, so a link carries 32."""
+    ring = Link(bandwidth=8.0, latency=0.0, closes_at=4)
+    one = Collective("all-to-all", ("model",), 4, "layer forward", (("uint8", (64,)),), 1)
+    assert exposure.transfer_seconds(one, ring) == 32 / 8
+    assert exposure.transfer_seconds(one, Link(bandwidth=8.0, latency=0.0)) == 48 / 8
+
+
 def test_a_step_by_hand():
     prediction = predict(WORK, CHIP)
     assert prediction.products == 14
