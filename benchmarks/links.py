@@ -1,7 +1,7 @@
 """What partial synchronisation gains on links of limited bandwidth: training, prefill, decode.
 
     python -m benchmarks.links [--hosts=4] [--rate=25mbit --rate=400mbit] [--p=1 --p=0.5 --p=0.25]
-        [--wire=float32 --wire=bfloat16 --wire=int8 --wire=float8_e4m3fn]
+        [--also=1:bfloat16 --also=0.5:int8]
         [--workload=train --workload=prefill --workload=decode] [--rounds=5] [--output=links]
         [--generate=1x64+17,64x8+9] [--peer_python=PATH] [--no_baselines]
 
@@ -46,11 +46,8 @@ RATES = flags.DEFINE_multi_string(
     "Rate of each link in each direction, as tc writes it: 100mbit, 2gbit; or none.",
 )
 FACTORS = flags.DEFINE_multi_float("p", [1.0, 0.5, 0.25], "Synchronisation factors; 1 is added.")
-WIRES = flags.DEFINE_multi_enum(
-    "wire",
-    ["float32"],
-    FORWARD_WIRE_DTYPES,
-    "Types of the reductions, in both directions; float32, with which all compare, is added.",
+ALSO = flags.DEFINE_multi_string(
+    "also", [], "Further systems, p:T with reductions of type T in both directions: 0.5:int8."
 )
 WORKLOAD = flags.DEFINE_multi_enum("workload", WORKLOADS, WORKLOADS, "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured at each rate.", 1)
@@ -157,14 +154,24 @@ def _rates() -> dict[str, float | None]:
 
 def _kinds(factors: list[float]) -> list[tuple[str, dict[str, str], str]]:
     """For each kind of worker: its name, its variants and their systems' names, its Python."""
-    wires = dict.fromkeys(["float32", *WIRES.value])
-    ours = {f"{p}:{wire}": links_report.our_name(p, wire) for wire in wires for p in factors}
+    chosen = [(p, "float32") for p in factors] + list(map(_factor_and_wire, ALSO.value))
+    ours = {f"{p}:{wire}": links_report.our_name(p, wire) for p, wire in chosen}
     kinds = [("ours", ours, sys.executable)]
     if not NO_BASELINES.value:
         kinds.append(("dense", DENSE, sys.executable))
     if PEER_PYTHON.value:
         kinds.append(("torch", {"-": TORCH}, PEER_PYTHON.value))
     return kinds
+
+
+def _factor_and_wire(text: str) -> tuple[float, str]:
+    p, _, wire = text.partition(":")
+    if not re.fullmatch(r"0?\.\d+|[01](\.0)?", p) or wire not in FORWARD_WIRE_DTYPES:
+        raise InputError(
+            f"--also={text} must be a p from 0 to 1, a colon, and one of:"
+            f" {', '.join(FORWARD_WIRE_DTYPES)}"
+        )
+    return float(p), wire
 
 
 class Workers:

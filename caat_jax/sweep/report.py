@@ -93,9 +93,13 @@ def wire_bytes(config: Config, steps: int) -> int:
 
 
 def _without_history(config: Config) -> Config:
-    """Without seed and schedule, on which what a step sends does not depend."""
+    """Without seed and schedule, on which what a step sends does not depend.
+
+    An emulated wire is counted as the wire that it emulates.
+    """
     train = dataclasses.replace(config.train, sync_schedule=())
-    return dataclasses.replace(config, seed=0, train=train)
+    compute = dataclasses.replace(config.compute, emulate_wires=False)
+    return dataclasses.replace(config, seed=0, train=train, compute=compute)
 
 
 @functools.cache

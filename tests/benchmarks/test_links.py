@@ -132,6 +132,10 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path, number):
         (["--rate=fast"], "--rate=fast must be a number with mbit or gbit"),
         (["--rate=0mbit"], "--rate=0mbit"),
         (["--p=1.5"], "--p=1.5 must be in [0, 1]"),
+        (
+            ["--also=0.5:int4"],
+            "--also=0.5:int4 must be a p from 0 to 1, a colon, and one of: float32",
+        ),
         (["--embed_dim=20"], "--embed_dim=20 must be a multiple of 8 times --hosts=2"),
         (["--generate=0x8+2"], "--generate=0x8+2 must be prompts x tokens"),
         (["--generate=2x8+1"], "--generate=2x8+1 must be"),

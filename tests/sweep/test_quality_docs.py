@@ -6,7 +6,7 @@ import pytest
 
 from caat_jax.sweep import plan as sweep_plan
 from caat_jax.sweep import report
-from configs import sweep, sweep_half, sweep_quarter
+from configs import sweep, sweep_half, sweep_quarter, sweep_wires
 from tests.command_line import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/quality.md").read_text()
@@ -14,7 +14,12 @@ PAGE = (REPOSITORY / "docs/quality.md").read_text()
 
 @pytest.mark.parametrize(
     ("name", "module"),
-    [("sweep", sweep), ("half", sweep_half), ("quarter", sweep_quarter)],
+    [
+        ("sweep", sweep),
+        ("half", sweep_half),
+        ("quarter", sweep_quarter),
+        ("wires", sweep_wires),
+    ],
 )
 def test_tables_are_those_of_the_results(name, module):
     plan = sweep_plan.resolve(module.get_config())
