@@ -1,6 +1,6 @@
 """Workers of this project: `caat_jax` on simulated devices or one device, and the dense baseline.
 
-python -m benchmarks.our_systems caat DEVICES P
+python -m benchmarks.our_systems caat DEVICES P [WIRE]
 python -m benchmarks.our_systems dense
 
 Started by `step_time.py`.  Both use the same parameters, batch and optimizer, so that their first
@@ -22,9 +22,9 @@ from caat_jax.training.step import Programs
 from configs import base
 
 
-def build_caat(devices: int, p: float) -> tuple[Callable[[], float], str]:
+def build_caat(devices: int, p: float, wire: str = "float32") -> tuple[Callable[[], float], str]:
     """The project's own training step on a mesh of `model` = `devices`."""
-    programs, batch = programs_and_batch(devices, p)
+    programs, batch = programs_and_batch(devices, p, wire=wire)
     batch = jax.device_put(batch, programs.batch_sharding)
     state = programs.initial_state()
 
@@ -59,7 +59,7 @@ def build_dense() -> tuple[Callable[[], float], str]:
 
 
 def programs_and_batch(
-    devices: int, p: float, sequence_length: int = sizes.LENGTH
+    devices: int, p: float, sequence_length: int = sizes.LENGTH, wire: str = "float32"
 ) -> tuple[Programs, np.ndarray]:
     """The programs on a mesh of `model` = `devices`, and a training batch for them."""
     if devices > 1:
@@ -75,7 +75,7 @@ def programs_and_batch(
         tp_shards=sizes.SHARDS,
         sync_factor=p,
     )
-    config.compute.scan_layers = False
+    config.compute.update(scan_layers=False, forward_wire_dtype=wire, backward_wire_dtype=wire)
     config.mesh.update(data=1, fsdp=1, model=devices)
     config.optimizer.update(
         peak_learning_rate=sizes.LEARNING_RATE,
@@ -102,4 +102,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "dense":
         sizes.serve(build_dense)
     else:
-        sizes.serve(lambda: build_caat(int(sys.argv[2]), float(sys.argv[3])))
+        sizes.serve(lambda: build_caat(int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:]))

@@ -1,7 +1,7 @@
 """The time of one training step: this project, the plain dense model, and other systems.
 
     python -m benchmarks.step_time [--rounds=9] [--devices=8] [--output=step_time.json]
-        [--peers] [--peer_python=PATH] [--nanodo=PATH]
+        [--wire=int8] [--peers] [--peer_python=PATH] [--nanodo=PATH]
 
 Forward, backward, clipping and AdamW in float32 at the size in `workers.py`: caat_jax with S = 8
 shards, on simulated CPU devices and on one device; the dense baseline on one device; and with
@@ -26,10 +26,14 @@ from absl import flags
 from benchmarks import workers as sizes
 from benchmarks.workers import Worker
 from caat_jax import command_line
+from caat_jax.config.resolve import FORWARD_WIRE_DTYPES
 from caat_jax.errors import InputError
 
 ROUNDS = flags.DEFINE_integer("rounds", 9, "How often each system is measured.", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 8, "Simulated CPU devices; divides 8.", lower_bound=2)
+WIRES = flags.DEFINE_multi_enum(
+    "wire", [], FORWARD_WIRE_DTYPES, "Also p = 0.5 with reductions of this type both ways."
+)
 OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; empty: none.")
 PEERS = flags.DEFINE_bool("peers", False, "Measure transformers and nanodo too.")
 PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "The Python that has the peers.")
@@ -83,6 +87,10 @@ def _systems() -> list[System]:
         for p in SYNC_FACTORS:
             base = DENSE if (devices, p) == (1, 1.0) else _name(devices, 1.0)
             systems.append(System(_name(devices, p), base, [*ours, "caat", f"{devices}", f"{p}"]))
+    for wire in WIRES.value:
+        base = _name(DEVICES.value, 0.5)
+        command = [*ours, "caat", f"{DEVICES.value}", "0.5", wire]
+        systems.append(System(f"{base}, {wire}", base, command))
     systems.append(System(DENSE, DENSE, [*ours, "dense"]))
     if PEERS.value:
         peer = [PEER_PYTHON.value, "-m", "benchmarks.peers"]

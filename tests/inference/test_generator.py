@@ -21,6 +21,7 @@ from caat_jax.inference.programs import InferencePrograms
 from caat_jax.inference.sampling import Sampling
 from caat_jax.training.step import DATA_AXES
 from tests import models, reference
+from tests.model.test_quantised_wires import wire as quantised_wire
 
 TOLERANCE = 1e-4  # of the largest logit
 LENGTHS = (3, 7, 1, 12)  # of the prompts
@@ -42,7 +43,7 @@ def parameters_of(config, seed=0):
     )
 
 
-def reference_logits(config, tokens_BT):
+def reference_logits(config, tokens_BT, wire=reference.exact):
     arch = config.model
     return reference.forward(
         parameters_of(config),
@@ -51,6 +52,7 @@ def reference_logits(config, tokens_BT):
         sync_widths=arch.sync_widths,
         rope_base=arch.rope_base,
         norm_epsilon=arch.norm_epsilon,
+        wire=wire,
     ).logits
 
 
@@ -162,6 +164,21 @@ def test_greedy_is_greedy_without_cache(case):
     new = generator_of(config).generate(prompts, max_new_tokens=decoding.STEPS_PER_CALL + 3)
     assert [len(tokens) for tokens in new] == [11, 9, 11, 4]
     assert new == [greedy_without_cache(config, p, decoding.STEPS_PER_CALL + 3) for p in prompts]
+
+
+@pytest.mark.parametrize("M", [1, 8])
+def test_wires_of_8_bits(M):
+    """Tokens are rounded each on its own: a prompt's all at once, a new one's alone."""
+    config = models.small_config(
+        model=dict(tp_shards=8, sync_factor=0.5),
+        mesh=dict(model=M),
+        compute=dict(forward_wire_dtype="int8", wire_block=12, emulate_wires=M == 1),
+    )
+    rows = np.random.default_rng(1).integers(0, 60, (4, 16), dtype=np.int32)
+    logits = forced_logits(config, rows, (4, 4, 4, 4))
+    exact = reference_logits(config, rows)[:, 3:]
+    rounded = reference_logits(config, rows, quantised_wire("int8", 12))[:, 3:]
+    assert np.linalg.norm(logits - rounded) < 0.25 * np.linalg.norm(rounded - exact)
 
 
 def test_bfloat16_runs_close_to_float32():
