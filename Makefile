@@ -6,9 +6,9 @@ VENV := .venv
 CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
-# Two at a time, each with files of its own: most of a test is compiling, which one thread does.
-# tests/conftest.py says which files come first.
-PYTEST := bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# Three at a time, each with files of its own: on two cores, one of them waits now and then for
+# processes that it started.  tests/conftest.py says which files come first.
+PYTEST := bin/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 # A lock is complete; were it to resolve dependencies again, older pips would meet newer releases.
 INSTALL_LOCK := $(INSTALL) --no-deps --require-hashes

@@ -6,15 +6,18 @@ A command runs in a process forked from one that has imported everything and don
 
 import atexit
 import contextlib
+import functools
 import io
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
@@ -57,7 +60,8 @@ def start_forked(command, folder, outputs, environment=None, constants=None):
     `outputs` are the files for its stdout and stderr, `environment` variables to set, `constants`
     values by the names of what they replace, such as "caat_jax.devices.processes.TIMEOUT_SECONDS".
     """
-    arguments = (command, folder, outputs, environment or {}, constants or {})
+    settings = environment or {}, constants or {}, _compilation_cache().name
+    arguments = (command, folder, outputs, *settings)
     process = FORK_SERVER.Process(target=_run_script, args=arguments)
     process.start()
     return process
@@ -79,8 +83,16 @@ def run_forked(command, folder):
     return process.exitcode, stdout, stderr
 
 
-def _run_script(command, folder, outputs, environment, constants):
+@functools.cache
+def _compilation_cache():
+    """What several of these processes compile is compiled once."""
+    return tempfile.TemporaryDirectory(prefix="caat_jax_compiled_by_tests_")
+
+
+def _run_script(command, folder, outputs, environment, constants, compilation_cache):
     """In the forked process: nothing relative, or below ~, is written to the repository."""
+    jax.config.update("jax_compilation_cache_dir", compilation_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     for name, value in constants.items():
         pytest.MonkeyPatch().setattr(name, value)
     os.chdir(folder)

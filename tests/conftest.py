@@ -33,8 +33,7 @@ LONGEST_FILES = (
     "communication/test_communication.py",
     "huggingface/test_transformers.py",
     "test_untrusted.py",
-    "benchmarks/test_links.py",
-    "training/test_soak.py",
+    "benchmarks/test_quality_130m.py",
 )
 
 

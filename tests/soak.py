@@ -1,10 +1,14 @@
 """Kills a run again and again, starts it again, and looks for anything lost, doubled or changed.
 
     python -m tests.soak [--kills=30] [--seed=0]
+    python -m tests.soak --stops=30 [--seed=0]
 
 A kill is SIGKILL after some seconds, at some step or while a checkpoint is being written, or
 SIGTERM.  At the end the metrics, and the state to the last bit, must be those of a run that nobody
 disturbed.
+
+A stop is SIGTERM to one of a run's two processes, at any moment: both must end soon, with nothing
+lost.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from tests import runs
 from tests.runs import Run
 
 STEPS_PER_KILL = 6
+LONGEST_STOP_SECONDS = 100
 COMPARED = ("train/loss", "train/grad_norm", "train/skipped_updates", "learning_rate", "eval/loss")
 
 
@@ -91,6 +96,37 @@ def _kill(run: Run, chance: random.Random) -> str:
     return way
 
 
+def stop_one_of_two(folder: Path, stops: int, seed: int) -> str:
+    """Stops a run of two processes so often, in an empty folder; a line about what happened.
+
+    Raises:
+      AssertionError: a process ended otherwise, or a step that was reported is not saved.
+      TimeoutError: a process did not end.
+    """
+    chance = random.Random(seed)
+    endless = {"train.steps": 10**6, "train.checkpoint_every": 50, "train.eval_every": 30}
+    fields = runs.corpus(folder) | endless | {"optimizer.decay_steps": 10**6}
+    workdir = folder / "run"
+    slowest = 0.0
+    for _ in tqdm.trange(stops, desc="stops", disable=None):
+        processes = runs.start_processes(2, workdir, fields, devices=1)
+        stopped = processes[chance.randrange(2)]
+        processes[0].wait_until(lambda run=processes[0]: "compiling" in run.output)
+        before = runs.last_step(workdir)
+        if chance.random() < 0.8:
+            target = before + chance.randint(1, 70)
+            processes[0].wait_until(lambda target=target: runs.last_step(workdir) >= target)
+        time.sleep(chance.uniform(0, 0.3))
+        start = time.monotonic()
+        stopped.signal(signal.SIGTERM)
+        codes = [run.wait(seconds=LONGEST_STOP_SECONDS) for run in processes]
+        slowest = max(slowest, time.monotonic() - start)
+        assert codes == [75, 75], [run.output for run in processes]
+        last = runs.last_step(workdir)
+        assert not last or runs.checkpoint_steps(workdir)[-1] == last, processes[0].output
+    return f"{stops} stops at {runs.last_step(workdir)} steps; the slowest took {slowest:.1f} s"
+
+
 def _final_state(workdir: Path) -> list[bytes]:
     """The arrays of the last checkpoint."""
     folder = workdir.absolute() / "checkpoints" / str(runs.checkpoint_steps(workdir)[-1]) / "state"
@@ -106,12 +142,16 @@ def _final_state(workdir: Path) -> list[bytes]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--stops", type=int)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            print(soak(Path(folder), arguments.kills, arguments.seed))
-        except AssertionError as error:
+            if arguments.stops:
+                print(stop_one_of_two(Path(folder), arguments.stops, arguments.seed))
+            else:
+                print(soak(Path(folder), arguments.kills, arguments.seed))
+        except (AssertionError, TimeoutError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0

@@ -300,6 +300,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._signal: str | None = None
         self._handlers = {}
+        self._asked = 0
 
     def __enter__(self) -> "StopRequest":
         if not jax.distributed.is_initialized():
@@ -315,12 +316,15 @@ class StopRequest:
         self._signal = signal.Signals(number).name
         signal.signal(number, self._handlers[number])  # a second one ends the process at once
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked by all processes after each."""
+    def reached(self) -> bool:
+        """Whether to stop now; to be asked by all processes after each step."""
         if jax.distributed.is_initialized():
-            # In this thread alone: a call with an older step, while a notice is on its way, would
-            # let the processes agree on a step that one of them has passed.
-            return multihost_utils.reached_preemption_sync_point(step)
+            # In this thread alone: a call with an older number, while a notice is on its way, would
+            # let the processes agree on one that one of them has passed.  Not the step's number:
+            # after a notice before the first call they agree on 1, which a resumed run would never
+            # reach.
+            self._asked += 1
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._signal is not None
 
 

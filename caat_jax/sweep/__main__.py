@@ -174,7 +174,7 @@ def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
             bar.set_postfix_str(
                 f"{len(plan.runs) - len(waiting) - len(running)} runs of {len(plan.runs)} done"
             )
-            if stop_request.reached(0):
+            if stop_request.reached():
                 raise Interrupted("stopped; the same command resumes")
             time.sleep(0 if ended else _POLL_SECONDS)
     return failed

@@ -136,7 +136,7 @@ def _loop(
             log.step(step, values)
             checkpoints.check()
             last = step == train.steps
-            stop = stop_request.reached(step) and not last
+            stop = stop_request.reached() and not last
             evaluate = last or step % train.eval_every == 0
             save = last or stop or step % train.checkpoint_every == 0
             if evaluate or save:

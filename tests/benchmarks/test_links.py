@@ -48,6 +48,7 @@ def processes_about(text):
     return found
 
 
+@pytest.mark.slow
 @needs_hosts
 def test_two_hosts(tmp_path):
     process = start(tmp_path / "links")

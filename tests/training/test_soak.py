@@ -10,14 +10,17 @@ import pytest
 
 from caat_jax.training.metrics import read_metrics
 from tests.command_line import REPOSITORY
-from tests.soak import soak
+from tests.soak import soak, stop_one_of_two
 
 
-@pytest.mark.parametrize(
-    "kills", [2, pytest.param(30, marks=pytest.mark.slow)], ids=lambda kills: f"{kills} kills"
-)
-def test_kills_change_nothing(tmp_path, kills):
-    assert "all as it was" in soak(tmp_path, kills, seed=1)
+@pytest.mark.slow
+def test_kills_change_nothing(tmp_path):
+    assert "all as it was" in soak(tmp_path, kills=30, seed=1)
+
+
+@pytest.mark.slow
+def test_a_stop_of_one_process_stops_both(tmp_path):
+    assert "10 stops" in stop_one_of_two(tmp_path, stops=10, seed=1)
 
 
 def train(workdir, cache, **fields):
