@@ -331,6 +331,13 @@ def test_schedule_is_worked_out_and_survives_json():
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
+def test_json_older_than_quantised_wires_has_the_defaults():
+    config = resolved()
+    fields = to_json(config)
+    del fields["compute"]["wire_block"], fields["compute"]["emulate_wires"]
+    assert from_json(fields) == config
+
+
 def test_json_older_than_the_schedule_has_none():
     fields = to_json(resolved())
     del fields["train"]["sync_schedule"]
