@@ -79,12 +79,13 @@ def main() -> None:
     sizes, rates, factors = _sizes(), _rates(), sorted({1.0, *FACTORS.value}, reverse=True)
     if bad := [p for p in factors if not 0 <= p <= 1]:
         raise InputError(f"--p={bad[0]} must be in [0, 1]")
+    kinds = _kinds(factors)
     network.isolate("benchmarks.links")
     hosts = network.Hosts(HOSTS.value)
     workers: list[Workers] = []
     systems: list[System] = []
     try:
-        for kind, variants, python in _kinds(factors):
+        for kind, variants, python in kinds:
             print(f"starting {', '.join(variants.values())}", file=sys.stderr)
             port = FIRST_PORT + len(systems)
             workers.append(Workers(hosts, python, kind, list(variants), port, sizes))

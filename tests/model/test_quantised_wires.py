@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -32,12 +31,12 @@ def quantised(x, name, block):
     for start, stop in blocks_of(x.shape[-1], block):
         part = x[..., start:stop]
         scale = np.abs(part).max(axis=-1, keepdims=True) / LARGEST[name]
-        scale = scale.astype(ml_dtypes.bfloat16).astype(np.float64)
+        scale = scale.astype(jnp.bfloat16).astype(np.float64)
         grid = np.divide(part, scale, out=np.zeros_like(part), where=scale > 0)
         if name == "int8":
             grid = np.rint(grid)
         else:
-            grid = grid.astype(np.float32).astype(ml_dtypes.finfo(name).dtype).astype(np.float64)
+            grid = grid.astype(np.float32).astype(jnp.dtype(name)).astype(np.float64)
         out[..., start:stop] = grid * scale
     return out
 
@@ -46,7 +45,7 @@ def wire(name, block):
     if name == "float32":
         return reference.exact
     if name == "bfloat16":
-        return lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float64)
+        return lambda x: x.astype(jnp.bfloat16).astype(np.float64)
     return functools.partial(quantised, name=name, block=block)
 
 
