@@ -385,7 +385,8 @@ def test_full_disk(tmp_path):
 
 
 @needs_mount()
-@pytest.mark.parametrize("kilobytes", [8, 40])  # for the corpus, and for its tokens
+# For the tokens; for the corpus.
+@pytest.mark.parametrize("kilobytes", [40, pytest.param(8, marks=pytest.mark.slow)])
 def test_full_disk_while_the_corpus_is_prepared(tmp_path, kilobytes):
     fields = runs.corpus(tmp_path) | {"data.cache_dir": tmp_path / "disk/cache"}
     code, said, _ = train_on(tmp_path / "disk", kilobytes, fields)

@@ -54,7 +54,8 @@ def assert_same(workdir, expected, relative, first=1):
     ("number", "fields"),
     [
         (2, {}),  # model = 4: a layer's all-reduce goes through both processes
-        (4, {"mesh.data": 2}),  # model = 4 in two pairs of processes
+        # model = 4 in two pairs of processes
+        pytest.param(4, {"mesh.data": 2}, marks=pytest.mark.slow),
         # model = 2 within each process
         pytest.param(2, {"mesh.fsdp": 2}, marks=pytest.mark.slow),
     ],
@@ -162,7 +163,7 @@ def test_what_one_process_cannot_do_ends_all(corpus, tmp_path, failing):
         assert "data.tokenizer=~/letters.json cannot be read" in run.said()[-1], run.output
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_process_ends_the_others(corpus, tmp_path, killed):
     workdir = tmp_path / "run"
     timeout = {"caat_jax.devices.processes.TIMEOUT_SECONDS": 10}

@@ -395,6 +395,7 @@ def run_eval(workdir, tasks, *flags):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_eval_py_runs_local_tasks(workdir, tasks):
     """On eight simulated devices, as the run's configuration has it."""
     names = "own_choice,own_text,own_generation"

@@ -122,17 +122,17 @@ def test_another_configuration_in_the_same_folder(done, place):
     assert_refused(result, NAMES[0], "train.steps: stored 6, requested 7", "--workdir")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--config.run.data.files=none/*.txt"], "none/*.txt matches no file"),
-        pytest.param(
+        (
             [
                 "--config.run.train.skipped_updates_allowed=0",
                 "--config.run.optimizer.peak_learning_rate=1e38",
             ],
             "not finite at 1 steps in a row",
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["no data", "divergence"],

@@ -174,6 +174,7 @@ def test_model_flops_are_those_of_every_matrix_product_exactly():
         head_dim=head_dim,
         mlp_dim=mlp_dim,
         vocab_size=vocab,
+        vocab_padding=0,
         tied_head=False,
         rope_base=10_000.0,
         rope_scaling_factor=1.0,

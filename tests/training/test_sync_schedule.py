@@ -1,5 +1,6 @@
 """`train.sync_schedule`: which synchronisation factors a step has, in training and after it."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -201,7 +202,8 @@ def test_run_goes_on_bit_for_bit(
 
 def test_run_stopped_at_the_end_of_a_stage(make_config, tmp_path, monkeypatch):
     """It saves that stage's factors, also where no checkpoint was due."""
-    monkeypatch.setattr(StopRequest, "reached", lambda self, step: step == 2)
+    asked = itertools.count(1)  # after each step
+    monkeypatch.setattr(StopRequest, "reached", lambda self: next(asked) == 2)
     fields = {"train.checkpoint_every": 100, "train.eval_every": 100}
     with pytest.raises(Interrupted, match="after step 2"):
         loop.train(make_config(fields), tmp_path)
@@ -285,7 +287,7 @@ def test_imported_llama_becomes_a_caat_net(tmp_path, capsys):
     write_tokenizer(tmp_path / "llama/tokenizer.json")
     workdir = tmp_path / "run"
     said = do(capsys, "import", tmp_path / "llama", workdir, "--tp_shards=4")
-    printed = shlex.split(said.splitlines()[-1])[4:]
+    (printed,) = [line for line in said.splitlines() if "train.py" in line]
     document = (REPOSITORY / "docs/huggingface.md").read_text()
     documented = re.search(r"--config\.model\.sync_factor=.* --config\.train\.sync.*", document)
     fields = corpus(tmp_path) | {
@@ -295,10 +297,9 @@ def test_imported_llama_becomes_a_caat_net(tmp_path, capsys):
         "train.steps": 2,
         "train.global_batch": 2,
     }
-    flags = [*printed, *flags_of(fields), *shlex.split(documented[0])]
-    base_config = f"--config={REPOSITORY / 'configs/base.py'}"
-    command = ["train.py", base_config, f"--workdir={workdir}", *flags]
-    code, trained, stderr = run_forked(command, tmp_path)
+    _, *command = shlex.split(printed)
+    flags = [*flags_of(fields), *shlex.split(documented[0])]
+    code, trained, stderr = run_forked([*command, *flags], tmp_path)
     assert code == 0 and "S=4, p=0.5;" in stderr, stderr
 
     step, config = checkpoint.newest_config(workdir)
