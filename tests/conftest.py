@@ -33,7 +33,6 @@ LONGEST_FILES = (
     "communication/test_communication.py",
     "huggingface/test_transformers.py",
     "test_untrusted.py",
-    "benchmarks/test_quality_130m.py",
 )
 
 

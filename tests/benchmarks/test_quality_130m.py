@@ -57,6 +57,7 @@ def result_of(workdir):
     return json.loads((workdir / "quality_130m.json").read_text())
 
 
+@pytest.mark.slow
 def test_result(finished, folder):
     workdir, stdout = finished
     result, plan = result_of(workdir), json.loads((workdir / "plan.json").read_text())
@@ -90,6 +91,7 @@ def test_result(finished, folder):
     assert max(map(len, stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_runs_differ_in_p_alone(finished):
     workdir, _ = finished
     steps = result_of(workdir)["steps"]
@@ -107,6 +109,7 @@ def test_the_runs_differ_in_p_alone(finished):
     assert states[0]["next_batch"] == steps
 
 
+@pytest.mark.slow
 def test_tokenizer_takes_any_text(finished):
     tokenizer = load_tokenizer(str(finished[0] / "tokenizer.json"))
     assert tokenizer.size == 300 == result_of(finished[0])["vocabulary"]["tokenizer"]
@@ -162,6 +165,7 @@ def test_refused(run, tmp_path, arguments, said):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
