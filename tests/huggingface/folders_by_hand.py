@@ -56,16 +56,22 @@ def do(capsys, *arguments):
     return stdout
 
 
+def restored(workdir, M=1):
+    """The programs and parameters of the newest checkpoint on a mesh with `model` of M."""
+    step, config = checkpoint.newest_config(workdir)
+    programs = models.programs(dataclasses.replace(config, mesh=MeshConfig(1, 1, M, 0)))
+    with Checkpoints(workdir) as checkpoints:
+        return programs, checkpoints.restore_parameters(step, programs.state_shapes.parameters)
+
+
+def with_targets(rows):
+    """A target is the next token; the last has none."""
+    return np.concatenate([rows, np.full_like(rows[:, :1], -1)], axis=1)
+
+
 def our_logits(workdir, M=1, rows=ROWS):
     """float32 [B, T, V] of the newest checkpoint on a mesh with `model` of M, and the mean loss."""
-    step, config = checkpoint.newest_config(workdir)
-    config = dataclasses.replace(config, mesh=MeshConfig(1, 1, M, 0))
-    programs = models.programs(config)
-    with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, programs.state_shapes.parameters)
-    # A target is the next token; the last has none.
-    padded = np.concatenate([rows, np.full_like(rows[:, :1], -1)], axis=1)
-    loss, logits = models.loss_and_logits(programs, parameters, padded)
+    loss, logits = models.loss_and_logits(*restored(workdir, M), with_targets(rows))
     return logits, loss
 
 

@@ -17,7 +17,6 @@ from caat_jax.checkpoints import checkpoints as checkpoint
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.checkpoints.trained import tokenizer_of
 from caat_jax.config.resolve import resolve
-from caat_jax.config.sections import MeshConfig
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.data.token_cache import open_cache
 from caat_jax.errors import InputError
@@ -34,7 +33,9 @@ from tests.huggingface.folders_by_hand import (
     llama_by_hand,
     our_logits,
     read_file,
+    restored,
     run,
+    with_targets,
 )
 
 
@@ -358,17 +359,6 @@ def test_refused_as_users_see_it(tmp_path):
 # ---- Padding ------------------------------------------------------------------------------------
 
 
-def loss_gradients_and_logits(workdir, M):
-    """Of the newest checkpoint, on rows whose last token has no target."""
-    step, config = checkpoint.newest_config(workdir)
-    config = dataclasses.replace(config, mesh=MeshConfig(1, 1, M, 0))
-    programs = models.programs(config)
-    with Checkpoints(workdir) as checkpoints:
-        parameters = checkpoints.restore_parameters(step, programs.state_shapes.parameters)
-    rows = np.concatenate([ROWS, np.full_like(ROWS[:, :1], -1)], axis=1)
-    return models.loss_gradients_and_logits(programs, parameters, rows)
-
-
 def only(parameters, *, heads, kv_heads, mlp_dim, vocab_size):
     """The parameters of these heads, and of so many of the others."""
     attention, mlp = parameters["layers"]["attention"], parameters["layers"]["mlp"]
@@ -410,7 +400,9 @@ def test_padded_import_is_the_dense_function(tmp_path, capsys, shards, sizes, he
     arch = checkpoint.newest_config(workdir)[1].model
     assert {name: getattr(arch, name) for name in sizes} == sizes
 
-    loss, gradients, logits = loss_gradients_and_logits(workdir, M)
+    loss, gradients, logits = models.loss_gradients_and_logits(
+        *restored(workdir, M), with_targets(ROWS)
+    )
     dense = dict(rope_base=100.0, norm_epsilon=1e-5)
     assert_close(logits[..., :64], reference.dense_forward(parameters, ROWS, **dense))
     assert np.isneginf(logits[..., 64:]).all()
