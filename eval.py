@@ -5,6 +5,11 @@ python eval.py --workdir=runs/tiny --tasks=hellaswag,piqa   # lm-evaluation-harn
 python eval.py --workdir=runs/tiny --config.data.files=book.txt --config.data.holdout_every=1
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import types
 from typing import Any
 

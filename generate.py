@@ -9,6 +9,11 @@ or --prompt_file with one a line) run together; each is printed when it and thos
 done.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import dataclasses
 import sys
 from collections.abc import Iterator

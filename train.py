@@ -3,6 +3,11 @@
 python train.py --config=configs/tiny.py --workdir=runs/tiny [--config.section.field=VALUE ...]
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 from absl import flags
 
 from caat_jax import command_line

@@ -80,8 +80,8 @@ def run(
 
     quieten_logs()
     sys.unraisablehook = _print_unraisable
-    # Like Ctrl-C, wherever nothing better is made of it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # not `interrupts.end_at_once`
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     app.run(call, flags_parser=parse)
 
 

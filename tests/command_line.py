@@ -21,7 +21,7 @@ import jax
 import pytest
 from absl import flags
 
-from caat_jax import command_line
+from caat_jax import command_line, interrupts
 from caat_jax.devices import processes
 
 REPOSITORY = Path(command_line.__file__).parent.parent
@@ -129,6 +129,7 @@ def run_here(command, folder, simulate_devices=lambda mesh: None):
         patch.setattr(sys, "unraisablehook", sys.unraisablehook)
         patch.setattr(command_line, "simulate_devices", simulate_devices)
         patch.setattr(processes, "join", _join_none)
+        patch.setattr(interrupts, "end_at_once", lambda: None)
         try:
             runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
             code = 0

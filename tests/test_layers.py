@@ -10,6 +10,7 @@ import caat_jax
 PACKAGE = Path(caat_jax.__file__).parent
 LAYERS = (
     "errors",
+    "interrupts",
     "files",
     "config",
     "devices",

@@ -11,6 +11,11 @@ of --batch sequences whose cache has --length slots.  --json prints it as JSON.
 docs/communication.md explains the columns.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import json
 import sys
 

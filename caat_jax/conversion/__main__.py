@@ -11,6 +11,11 @@ text; writes the workdir OUTPUT, with conversion.csv and conversion.json in it. 
 again resumes an interrupted conversion.  docs/conversion.md explains the method.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import ast
 import dataclasses
 import json

@@ -4,6 +4,11 @@
         --output=tokenizer.json
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import os
 import sys
 

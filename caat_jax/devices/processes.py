@@ -313,8 +313,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        if self._signal is not None:  # a second one ends the process at once
+            signal.signal(number, self._handlers[number])
+            signal.raise_signal(number)
         self._signal = signal.Signals(number).name
-        signal.signal(number, self._handlers[number])  # a second one ends the process at once
+        line = f"{self._signal}: stopping as soon as all is saved; a second one stops at once\n"
+        os.write(2, line.encode())  # the signal may have come in the middle of a `print`
 
     def reached(self) -> bool:
         """Whether to stop now; to be asked by all processes after each step."""

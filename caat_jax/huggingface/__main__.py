@@ -7,6 +7,11 @@ SRC_DIR holds config.json and *.safetensors; what is written must be new or empt
 docs/huggingface.md says what is mapped to what.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import shlex
 from pathlib import Path
 

@@ -5,6 +5,11 @@
 On the left the losses against the step, on the right the median tokens per second.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 from collections.abc import Sequence
 from pathlib import Path
 

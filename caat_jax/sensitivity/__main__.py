@@ -10,6 +10,11 @@ config file with the factors that synchronise that fraction of the channels, on 
 sublayers, at the least predicted rise.  docs/sensitivity.md explains both.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import textwrap
 from pathlib import Path
 

@@ -8,6 +8,11 @@ are hidden.  A chip of one's own: --flops=… --memory_rate=… --link_bandwidth
 The formulae, the chips' figures with their sources, and what is left out: docs/step_time_model.md.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import dataclasses
 import json
 import math

@@ -8,6 +8,11 @@ DIR/summary.csv (a row for each setting) and a picture.  On a cluster, separate 
 with --only=NAME (--list prints the names); the command without --only then writes the results.
 """
 
+from caat_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import contextlib
 import json
 import os

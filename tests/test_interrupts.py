@@ -1,0 +1,154 @@
+"""Ctrl-C and SIGTERM at any moment of any command: one line, exit code 75, no traceback."""
+
+import ast
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.command_line import REPOSITORY, SMALL, TINY, flags_of, write_texts
+
+COMMANDS = {
+    str(path.relative_to(REPOSITORY))
+    for pattern in ("*.py", "caat_jax/**/*.py")
+    for path in REPOSITORY.glob(pattern)
+    if "    command_line.run(" in path.read_text()
+}
+INTERRUPTS = "from caat_jax import interrupts\ninterrupts.end_at_once()\n"
+# What a command does when the signal arrives, after it has printed a line.
+DOING = {
+    "waits": "time.sleep(60)",
+    "computes": "while True: pass",
+    # Until the C function returns, the interpreter handles no signal.
+    "is in compiled code": "import ctypes; [ctypes.CDLL(None).usleep(10**6) for _ in range(60)]",
+    "catches what it can": "try: time.sleep(60)\nexcept BaseException: time.sleep(60)",
+    "handles an end": "import atexit; atexit.register(time.sleep, 60); raise SystemExit",
+}
+
+
+def start(*command):
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("doing", DOING.values(), ids=DOING)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_in_one_line(doing, number):
+    script = "import time\nfrom caat_jax import interrupts\ninterrupts.end_at_once()\n"
+    process = start("-c", script + f"print('doing', flush=True)\n{doing}")
+    assert process.stdout.readline() == "doing\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert (process.returncode, stderr) == (
+        75,
+        f"stopped by {name}; the same command starts again\n",
+    )
+
+
+def test_a_signal_after_all_is_done():
+    """When the interpreter has taken down what it had of signals, and not yet ended."""
+    ends = "class Ends:\n  def __del__(self): print('ends', flush=True); sleep(0.2)\n"
+    keep = "import builtins; from time import sleep; builtins.kept = Ends()"
+    process = start("-c", INTERRUPTS + ends + keep)
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, "")
+
+
+STOP_REQUEST = """
+import time
+from caat_jax.devices.processes import StopRequest
+with StopRequest() as request:
+    print("inside", flush=True)
+    while not request.reached():
+        time.sleep(0.01)
+    print("asked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_stop_request_waits_for_the_first_signal_alone():
+    process = start("-c", INTERRUPTS + STOP_REQUEST)
+    for said in ("inside\n", "asked\n"):
+        assert process.stdout.readline() == said
+        process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert stderr.splitlines()[1:] == ["stopped by Ctrl-C; the same command starts again"]
+
+
+@pytest.mark.parametrize("script", sorted(COMMANDS))
+def test_commands_are_ready_for_signals_before_their_imports(script):
+    _, *body = ast.parse((REPOSITORY / script).read_text()).body
+    assert [ast.unparse(node) for node in body[:2]] == [
+        "from caat_jax import interrupts",
+        "if __name__ == '__main__':\n    interrupts.end_at_once()",
+    ]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """Each command with arguments with which it works, by its script."""
+    place = tmp_path_factory.mktemp("commands")
+    texts = write_texts(place / "texts")
+    fields = {**SMALL, "data.files": f"{texts}/*.txt", "data.cache_dir": place / "cache"}
+    fields |= {"train.steps": 2000, "train.log_every": 10}
+    run, train = place / "run", [TINY, *flags_of(fields)]
+    short = ["--config.train.steps=1", "--config.model.sync_factor=1"]
+    subprocess.run(
+        [sys.executable, "train.py", *train, *short, f"--workdir={run}"], cwd=REPOSITORY, check=True
+    )
+    small = [*train, "--config.model.vocab_size=264"]
+    return {
+        "train.py": [*train, f"--workdir={place / 'new'}"],
+        "eval.py": [f"--workdir={run}"],
+        "generate.py": [f"--workdir={run}", "--prompt=a", "--max_new_tokens=8"],
+        "caat_jax/communication/__main__.py": small,
+        "caat_jax/conversion/__main__.py": [
+            f"--workdir={run}",
+            f"--output={place / 'converted'}",
+            "--sync_factor=0.5",
+        ],
+        "caat_jax/data/train_tokenizer.py": [
+            *train,
+            "--vocab_size=270",
+            f"--output={place / 'tokenizer.json'}",
+        ],
+        "caat_jax/huggingface/__main__.py": ["export", str(run), str(place / "exported")],
+        "caat_jax/plot/__main__.py": [str(run), f"--output={place / 'runs.png'}"],
+        "caat_jax/sensitivity/__main__.py": [f"--workdir={run}", "--cut_to=0"],
+        "caat_jax/step_time/__main__.py": [*small, "--devices=8", "--chip=v5p", "--output="],
+        "caat_jax/sweep/__main__.py": [
+            f"--config={REPOSITORY / 'configs/sweep.py'}",
+            f"--workdir={place / 'sweep'}",
+            f"--config.run.data.cache_dir={place / 'cache'}",
+        ],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(COMMANDS))
+def test_a_signal_at_any_moment(commands, script):
+    """From the first 0.2 s on, in which Python itself starts, to the end of the command."""
+    module = script.removesuffix("/__main__.py").removesuffix(".py").replace("/", ".")
+    command = ["-m", module] if "/" in script else [script]
+    seconds, codes = 0.2, []
+    while not codes or (codes[-1] == 75 and seconds < 30):
+        process = start(*command, *commands[script])
+        time.sleep(seconds)
+        process.send_signal((signal.SIGINT, signal.SIGTERM)[len(codes) % 2])
+        _, stderr = process.communicate(timeout=60)
+        codes.append(process.returncode)
+        assert codes[-1] in (75, 0), (seconds, codes, stderr)
+        assert "Traceback" not in stderr, (seconds, stderr)
+        seconds *= 1.6
+    assert codes[0] == 75
