@@ -1,8 +1,8 @@
 """What a checkpoint costs: the steps while it is saved, its digests, restoring it.
 
     python -m benchmarks.checkpointing --config=configs/tiny.py [--saves=5]
-    python -m benchmarks.checkpointing --config=configs/llama_130m.py --saves=3 \
-        --config.data.sequence_length=256 --config.train.global_batch=8 \
+    python -m benchmarks.checkpointing --config=configs/llama_130m.py --saves=3 \\
+        --config.data.sequence_length=256 --config.train.global_batch=8 \\
         --config.train.accumulation_steps=1
 
 Runs the project's training step on random tokens and saves in between, as the training loop does.

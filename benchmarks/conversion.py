@@ -1,7 +1,7 @@
 """What conversion costs at several p, and what each of its steps is worth.
 
     python -m benchmarks.conversion --link_texts=texts
-    python -m benchmarks.conversion --workdir=runs/full --results=small.csv \
+    python -m benchmarks.conversion --workdir=runs/full --results=small.csv \\
         --sync_factors=0.75,0.5,0.25,0 [--files="texts/*.txt"]
     python -m benchmarks.conversion --plot=small.png --results=small.csv
 

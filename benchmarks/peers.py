@@ -5,7 +5,7 @@ python -m benchmarks.peers nanodo DEVICES CHECKOUT
 
 Started by `step_time.py` with the peers' own Python, which needs no dependency of this project:
     pip install torch transformers              (for PyTorch; compiling needs a C++ compiler)
-    pip install jax flax optax orbax-checkpoint grain ml_collections tensorflow_datasets \
+    pip install jax flax optax orbax-checkpoint grain ml_collections tensorflow_datasets \\
         sentencepiece array_record              (for nanodo, and a checkout of it)
 """
 

@@ -5,13 +5,14 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from caat_jax import command_help
 from caat_jax.config.resolve import check_field_names, resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.devices import processes
@@ -21,7 +22,9 @@ from configs import base
 
 def config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE` and, for every field, `--config.section.field=VALUE`."""
-    return config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
+    return config_flags.DEFINE_config_file(
+        "config", help_string="A Python file with get_config(), such as configs/tiny.py."
+    )
 
 
 def overrides_flag() -> flags.FlagHolder:
@@ -31,7 +34,7 @@ def overrides_flag() -> flags.FlagHolder:
     """
     _or_exit(lambda: check_field_names(_given_fields(sys.argv), base.get_config()))
     return config_flags.DEFINE_config_dict(
-        "config", base.get_config(), help_string="--config.data.FIELD=VALUE: instead of the run's."
+        "config", base.get_config(), help_string="See the fields below: instead of the run's own."
     )
 
 
@@ -113,18 +116,17 @@ def _parse(
     fields: Callable[[], ConfigDict],
     positionals: bool,
 ) -> list[str]:
+    if any(re.match(command_help.ARGUMENTS, argument) for argument in argv[1:]):
+        _print_help(argv[0], None if config is None else _fields_of_flags(fields))
     if config is not None:
         check_field_names(_given_fields(argv), fields())
-        enough = r"--?(config(=.*)?|help|helpshort|helpfull|h|\?)$"
         needs_file = flags.FLAGS["config"].default is None
-        if needs_file and not any(re.match(enough, argument) for argument in argv):
+        if needs_file and not any(re.match(r"--?config(=.*)?$", argument) for argument in argv):
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
     try:
         rest = flags.FLAGS(argv)
         if config is not None:
             _ = list(config.value)  # a file that is missing fails at its first use
-    except SystemExit:  # of the flags only --help and its like end here, and with code 1
-        sys.exit(0)
     except flags.Error as error:
         raise InputError(str(error)) from None
     # The file is a program: anything may come out of it.
@@ -134,6 +136,18 @@ def _parse(
     if len(rest) > 1 and not positionals:
         raise InputError(f"{rest[1]!r} is not a flag; flags start with --")
     return rest
+
+
+def _fields_of_flags(fields: Callable[[], ConfigDict]) -> ConfigDict:
+    """Those that may be given: where no file is (`overrides_flag`), the data's."""
+    is_file = flags.FLAGS["config"].default is None
+    return fields() if is_file else ConfigDict({"data": fields().data})
+
+
+def _print_help(script: str, config: ConfigDict | None) -> NoReturn:
+    description = sys.modules["__main__"].__doc__ or ""
+    print(command_help.help_text(description, {script, "__main__"}, config))
+    sys.exit(0)
 
 
 def _given_fields(argv: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The paper's 130M model (arXiv:2506.19645), S = 8, p = 0.5.
 
-    python train.py --config=configs/llama_130m.py --workdir=runs/130m \
+    python train.py --config=configs/llama_130m.py --workdir=runs/130m \\
         --config.data.tfds_name=c4/en --config.data.tokenizer=tokenizer.model
 
 Needs a corpus, a SentencePiece tokeniser with 32,000 ids and at least one accelerator.  In the

@@ -1,6 +1,6 @@
 """The paper's 1.1B model (arXiv:2506.19645), S = 8, p = 0.5.
 
-    python train.py --config=configs/llama_1b.py --workdir=runs/1b \
+    python train.py --config=configs/llama_1b.py --workdir=runs/1b \\
         --config.data.tfds_name=c4/en --config.data.tokenizer=tokenizer.model
 
 Needs a corpus, a SentencePiece tokeniser with 32,000 ids, and a pod with a multiple of 8

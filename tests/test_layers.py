@@ -14,6 +14,7 @@ LAYERS = (
     "files",
     "config",
     "devices",
+    "command_help",
     "command_line",
     "figures",
     "model",

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokeniser on a corpus' training documents.
 
-    python -m caat_jax.data.train_tokenizer --config=configs/tiny.py --vocab_size=4096 \
+    python -m caat_jax.data.train_tokenizer --config=configs/tiny.py --vocab_size=4096 \\
         --output=tokenizer.json
 """
 

@@ -1,6 +1,6 @@
 """Predicts the step time of a configuration on chips that need not be there.
 
-    python -m caat_jax.step_time --config=configs/llama_7b.py --devices=64 --chip=v5p \
+    python -m caat_jax.step_time --config=configs/llama_7b.py --devices=64 --chip=v5p \\
         --chip=h100-nvlink [--p=1 --p=0.5] [--efficiency=0.6] [--output=step_time.png] [--json]
 
 --topology=v5p:4x4x4 compiles the step for such a pod, and takes from its schedule which transfers
