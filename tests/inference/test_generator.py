@@ -1,5 +1,6 @@
 """Prefill, decode and sampling against the float64 emulation of METHOD in `reference.py`."""
 
+import collections
 import functools
 import math
 import re
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from caat_jax.communication import compiled_programs, traced_programs
 from caat_jax.communication.audit import audit_program
+from caat_jax.communication.collectives import LAYER_LOOP
 from caat_jax.devices import sharding, topology
 from caat_jax.errors import InputError
 from caat_jax.inference import generator as decoding
@@ -19,7 +22,7 @@ from caat_jax.inference import sampling
 from caat_jax.inference.generator import Generator
 from caat_jax.inference.programs import InferencePrograms
 from caat_jax.inference.sampling import Sampling
-from caat_jax.training.step import DATA_AXES
+from caat_jax.training.step import DATA_AXES, Programs
 from tests import models, reference
 from tests.model.test_quantised_wires import wire as quantised_wire
 
@@ -308,17 +311,27 @@ def test_tokens_are_drawn_from_the_distribution(settings, remaining):
 def draw(logits_V, rows, vocabulary=64, **settings):
     """One draw of each row, all of these logits, with the vocabulary over 8 devices."""
     chosen = Sampling(**dict(temperature=1.0) | settings)
-    mesh = models.programs(config_of(M=8)).mesh
-    local = functools.partial(sampling.next_tokens, kind=chosen.kind)
-    function = jax.jit(
+    logits = np.tile(logits_V, (1, rows, 1))
+    return np.asarray(chooser(chosen.kind)(logits, chosen.numbers(vocabulary)))
+
+
+def chooser(kind):
+    local = functools.partial(sampling.next_tokens, kind=kind)
+    return jax.jit(
         jax.shard_map(
             lambda logits, numbers: local(logits, jnp.int32(3), numbers),
-            mesh=mesh,
+            mesh=models.programs(config_of(M=8)).mesh,
             in_specs=(P(None, None, "model"), P()),
             out_specs=P(DATA_AXES),
         )
     )
-    return np.asarray(function(np.tile(logits_V, (1, rows, 1)), chosen.numbers(vocabulary)))
+
+
+@pytest.mark.parametrize("kind", [sampling.GREEDY, sampling.FULL, sampling.TRUNCATED])
+def test_a_choice_takes_one_collective(kind):
+    arguments = jax.ShapeDtypeStruct((1, 2, 64), np.float32), Sampling().numbers(64)
+    counted = traced_programs.count(chooser(kind).trace(*arguments).jaxpr)
+    assert [(c.kind, c.times) for c in counted.collectives] == [("all-gather", 1)]
 
 
 def test_of_equal_logits_the_lowest_id_is_greedy():
@@ -379,8 +392,8 @@ def test_a_layer_sends_two_reductions_of_the_shared_channels(p, scan_layers):
             assert (reduction.kind, reduction.axes) == ("all-reduce", ("model",))
             assert reduction.arrays == (("float32", (4, slots, shared)),)
             assert reduction.times == 2 * 3
-        others = {(c.place, c.kind) for c in found.collectives if c not in in_layers}
-        assert others == {("embedding", "all-gather"), ("head and loss", "all-reduce")}
+        others = sorted((c.place, c.kind, c.times) for c in found.collectives if c not in in_layers)
+        assert others == [("embedding", "all-gather", 1), ("head and loss", "all-gather", 1)]
 
 
 def test_factors_per_sublayer_are_what_is_sent():
@@ -391,6 +404,43 @@ def test_factors_per_sublayer_are_what_is_sent():
     )
     layers = [c for c in found.collectives if c.place == "layer forward"]
     assert sorted((c.arrays[0][1], c.times) for c in layers) == [((1, 1, 8), 3), ((1, 1, 24), 3)]
+
+
+PLAN = (1.0, 0.0, 0.0, (0.5, 0.0), (0.0, 0.25))  # a factor a layer, or its attention's and MLP's
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("trace", ["trace_decode", "trace_prefill"])
+def test_a_plan_with_zeros_sends_what_it_says(trace, scan_layers):
+    """Sublayers at 0 send nothing; at M = S no channel is common to all shards then."""
+    config = config_of(M=8, layers=len(PLAN), sync_factor_per_layer=PLAN, scan_layers=scan_layers)
+    found = audit_program(
+        lambda mesh: getattr(InferencePrograms(config, mesh), trace)(1, 64),
+        models.programs(config).mesh,
+    )
+    sent = collections.Counter()
+    for c in found.over("model", LAYER_LOOP):
+        assert c.kind == "all-reduce" and c.place == "layer forward"
+        for _, shape in c.arrays:
+            sent[shape[-1]] += c.times
+    assert sent == {32: 2, 16: 1, 8: 1}
+
+
+@pytest.mark.parametrize("program", ["decode", "train"])
+def test_layers_that_send_nothing_run_as_one_loop(program):
+    """However many there are, the program has the same matrix products."""
+
+    def products(layers_at_0):
+        factors = (1.0, *[0.0] * layers_at_0)
+        config = config_of(M=8, layers=1 + layers_at_0, sync_factor_per_layer=factors)
+        mesh = models.programs(config).mesh
+        if program == "decode":
+            traced = InferencePrograms(config, mesh).trace_decode(1, 64)
+        else:
+            traced = Programs(config, mesh).trace_train_step()
+        return len(re.findall(r"\bdot_general\b", str(traced.jaxpr)))
+
+    assert products(2) == products(5) > 0
 
 
 def test_nothing_is_sent_over_the_data_axes():
@@ -418,18 +468,34 @@ def test_the_cache_is_updated_in_place(M, scan_layers):
 
 @models.needs_libtpu
 def test_the_cache_is_updated_in_place_on_a_tpu_pod():
-    """It comes in the order in memory that its steps want: none is brought into it, or back."""
+    """It comes in the order in memory that its steps want: none is brought into it, or back.
+
+    Of three layers the last two send nothing, and run as one loop.
+    """
+    plan = ((0.5, 0.25), 0.0, 0.0)
     config = models.small_config(
-        model=dict(tp_shards=8, sync_factor=0.5, head_dim=128),
+        model=dict(layers=3, tp_shards=8, sync_factor_per_layer=plan, head_dim=128),
         mesh=dict(model=8),
         compute=dict(dtype="bfloat16"),
     )
     mesh = sharding.create_mesh(config.mesh, topology.devices("v5e:2x4"))
     compiled = InferencePrograms(config, mesh).trace_decode(8, 1024).lower().compile()
-    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 2 * 8 * 1024 * 128 * 2
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 3 * 8 * 1024 * 128 * 2
     around_the_steps = compiled.as_text().partition("\nENTRY ")[2]
-    assert re.search(r"bf16\[2,8,1024,128\]\S* parameter\(", around_the_steps)
-    assert not re.search(r"= bf16\[2,8,1024,128\]\S* copy\(", around_the_steps)
+    for layers in (1, 2):
+        cache = rf"bf16\[{layers},8,1024,128\]\S*"
+        assert re.search(rf"{cache} parameter\(", around_the_steps)
+        assert not re.search(rf"= {cache} copy\(", around_the_steps)
+    reading = compiled_programs.read(compiled.as_text())
+    assert reading.unrecognised == ()
+    sent = sorted((c.kind, math.prod(c.arrays[0][1]), c.times) for c in reading.collectives)
+    # Of 8 sequences: the two sublayers at 0.5 and 0.25, the choice, the embedding.
+    assert sent == [
+        ("all-gather", 8 * 8 * 2, 1),
+        ("all-gather", 8 * 32, 1),
+        ("all-reduce", 8 * 8, 1),
+        ("all-reduce", 8 * 16, 1),
+    ]
 
 
 @pytest.mark.parametrize("p", [1.0, 0.5, 0.0])
