@@ -109,7 +109,7 @@ class InferencePrograms:
         prompts = self._shape((batch, length), jnp.int32, _TOKENS)
         lengths = self._shape((batch,), jnp.int32, _BATCH)
         return self.prefill.trace(
-            self._weight_shapes(),
+            self.weight_shapes(),
             prompts,
             lengths,
             self._greedy_numbers(),
@@ -130,7 +130,7 @@ class InferencePrograms:
             )
         rows, number = np.zeros(batch, np.int32), np.int32(0)
         return self.decode.trace(
-            self._weight_shapes(),
+            self.weight_shapes(),
             tuple(caches),
             self._shapes_of(State(rows, rows, number, number), _STATE),
             self._greedy_numbers(),
@@ -141,7 +141,8 @@ class InferencePrograms:
     def _greedy_numbers(self) -> Numbers:
         return self._shapes_of(Sampling().numbers(self.config.model.vocab_size), _NUMBERS)
 
-    def _weight_shapes(self) -> Weights:
+    def weight_shapes(self) -> Weights:
+        """What `prepare` returns, as shapes on the mesh."""
         layout = self._layout
         shapes = jax.eval_shape(layout.prepare, layout.blueprint.shapes)
         return self._shapes_of(shapes, layout.specs)

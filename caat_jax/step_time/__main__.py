@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 
@@ -28,10 +27,10 @@ from caat_jax.config import user_paths
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.devices import chips, sharding, topology
-from caat_jax.devices.chips import Chip, Link
+from caat_jax.devices.chips import Chip
 from caat_jax.errors import InputError
 from caat_jax.figures import COLOURS
-from caat_jax.step_time import model, report
+from caat_jax.step_time import model, own_chip, report
 from caat_jax.step_time.model import Prediction, Workload
 from caat_jax.training.step import Programs
 
@@ -47,21 +46,14 @@ _P = flags.DEFINE_multi_float(
 _EFFICIENCY = flags.DEFINE_float(
     "efficiency", 1.0, "The share of its peak FLOP/s that a chip reaches in matrix products."
 )
-_OWN = {
-    "flops": flags.DEFINE_float("flops", None, "Own chip: FLOP/s in the configuration's type."),
-    "memory_rate": flags.DEFINE_float("memory_rate", None, "Own chip: memory bytes/s."),
-    "link_bandwidth": flags.DEFINE_float(
-        "link_bandwidth", None, "Own chip: bytes/s that a device sends, whatever the mesh axis."
-    ),
-    "link_latency": flags.DEFINE_float("link_latency", None, "Own chip: seconds a hop."),
-}
 _OUTPUT = flags.DEFINE_string("output", "step_time.png", "PNG to write; empty: none.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of the table.")
+own_chip.define_flags()
 
 
 def main(config: Config) -> None:
     jax.config.update("jax_platforms", "cpu")  # tracing needs no accelerator
-    own = own_chip({name: flag.value for name, flag in _OWN.items()}, _DEVICES.value)
+    own = own_chip.from_flags(_DEVICES.value)
     chosen = [chips.by_name(name) for name in dict.fromkeys(_CHIP.value)] + [own] * (
         own is not None
     )
@@ -134,34 +126,6 @@ def compiled(name: str, works: Sequence[Workload], efficiency: float) -> list[Pr
     return rows
 
 
-def own_chip(figures: dict[str, float | None], devices: int) -> Chip | None:
-    """The chip of the user's numbers, or None where there are none.
-
-    Raises:
-      InputError: some are given and some are missing, or one is impossible.
-    """
-    missing = [f"--{name}" for name, value in figures.items() if value is None]
-    if len(missing) == len(figures):
-        return None
-    if missing:
-        raise InputError(f"a chip of your own also needs {', '.join(missing)}")
-    for name, value in figures.items():
-        if not (math.isfinite(value) and (value > 0 or (value == 0 and name == "link_latency"))):
-            raise InputError(f"--{name}={value:g} must be a finite number above 0")
-    link = Link(figures["link_bandwidth"], figures["link_latency"])
-    return Chip(
-        name="own",
-        description="the figures of the command line, one kind of link",
-        flops=figures["flops"],
-        memory_bytes=math.inf,
-        memory_rate=figures["memory_rate"],
-        domain=devices,
-        link=link,
-        network=link,
-        sources=dict.fromkeys(chips.FIGURES, "the command line"),
-    )
-
-
 def check(
     config: Config, chosen: Sequence[Chip], topologies: Sequence[str], efficiency: float
 ) -> None:
@@ -175,7 +139,7 @@ def check(
     if not rows:
         raise InputError(
             f"--chip is missing; there are {names}; or give a --topology, or all of"
-            f" {', '.join(f'--{name}' for name in _OWN)}"
+            f" {own_chip.flag_names()}"
         )
     if rows > len(COLOURS):
         raise InputError(f"{rows} chips; more than {len(COLOURS)} cannot be told apart")

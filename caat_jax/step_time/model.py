@@ -1,6 +1,7 @@
-"""Predicts the time of a training step from a traced program and a chip's figures.
+"""Predicts the time of a program from its trace and a chip's figures: training, prefill, decode.
 
-    product       max(FLOPs / (peak · efficiency), bytes / memory rate); attention: the FLOPs alone
+    product       max(FLOPs / (peak · efficiency), bytes / memory rate); attention over a whole
+                  sequence: the FLOPs alone
     optimizer     bytes / memory rate
     quantising    bytes / memory rate, where reductions send 8 bits a number
     collective    hops · latency + bytes each device sends / bandwidth
@@ -26,6 +27,7 @@ from caat_jax.communication.traced_programs import MatrixProduct, Operations
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding
 from caat_jax.devices.chips import Chip
+from caat_jax.inference.programs import InferencePrograms
 from caat_jax.model.scopes import ATTENTION_SCOPE
 from caat_jax.training.metrics import model_flops_per_token
 from caat_jax.training.step import Programs
@@ -39,12 +41,14 @@ _CAN_OVERLAP = ("parameter gather", "gradient reduction")
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What every device does in one training step, whatever the chip."""
+    """What every device does in one run of a program, whatever the chip."""
 
     config: Config  # its mesh has no size left at -1
     operations: Operations
-    parameters: int  # that one device holds
-    state_bytes: int  # parameters, moments and counters of one device
+    parameters: int  # that one device updates: those that it holds, none in inference
+    state_bytes: int  # parameters, moments and counters of one device; in inference the weights
+    # Attention reads little more than it writes, in a kernel of its own; of a cache it reads all.
+    fused_attention: bool = True
 
     @property
     def devices(self) -> int:
@@ -65,7 +69,7 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The seconds of one step on one chip.
+    """The seconds of one run on one chip.
 
     `overlap` below: True when all communication that can run beside compute does, False when
     none does.
@@ -129,13 +133,37 @@ def workload(config: Config) -> Workload:
     )
 
 
+def inference_workload(config: Config, program: str) -> Workload:
+    """Traces a program of generation, for `train.global_batch` sequences, and counts.
+
+    Args:
+      config: as for `workload`.
+      program: "prefill", of prompts of `data.sequence_length` tokens, or "decode", of one token
+        from a cache of so many slots.
+    """
+    programs = InferencePrograms(config, sharding.abstract_mesh(config.mesh))
+    trace = {"prefill": programs.trace_prefill, "decode": programs.trace_decode}[program]
+    traced = trace(config.train.global_batch, config.data.sequence_length)
+    weights = jax.tree.leaves(programs.weight_shapes())
+    return Workload(
+        config=config,
+        operations=traced_programs.count(traced.jaxpr),
+        parameters=0,
+        state_bytes=sum(
+            size * leaf.dtype.itemsize
+            for size, leaf in zip(_local_sizes(weights), weights, strict=True)
+        ),
+        fused_attention=program == "prefill",
+    )
+
+
 def predict(
     work: Workload, chip: Chip, efficiency: float = 1.0, schedule: Audit | None = None
 ) -> Prediction:
-    """The step time of this work on this chip.
+    """The time of this work on this chip.
 
     Args:
-      work: see `workload`.
+      work: see `workload`, `inference_workload`.
       chip: whose figures to take.
       efficiency: the share of the peak FLOP/s that matrix products reach, above 0, at most 1.
       schedule: the step compiled for this chip: its transfers, and what hides them there.
@@ -152,7 +180,10 @@ def predict(
     return Prediction(
         workload=work,
         chip=chip,
-        products=sum(p.times * product_seconds(p, chip, efficiency) for p in counted.products),
+        products=sum(
+            p.times * product_seconds(p, chip, efficiency, work.fused_attention)
+            for p in counted.products
+        ),
         optimizer=_OPTIMIZER_PASSES * _FLOAT32 * work.parameters / chip.memory_rate,
         quantising=sum(
             c.times * quantising_bytes(c, jnp.dtype(work.config.compute.dtype).itemsize)
@@ -164,17 +195,17 @@ def predict(
     )
 
 
-def product_seconds(product: MatrixProduct, chip: Chip, efficiency: float) -> float:
+def product_seconds(
+    product: MatrixProduct, chip: Chip, efficiency: float, fused_attention: bool = True
+) -> float:
     """One execution: arithmetic and memory traffic run beside each other.
 
     A fused kernel computes attention on accelerators: its scores never reach the memory.
     """
     arithmetic = product.flops / (chip.flops * efficiency)
-    return (
-        arithmetic
-        if ATTENTION_SCOPE in product.name
-        else max(arithmetic, product.bytes / chip.memory_rate)
-    )
+    if fused_attention and ATTENTION_SCOPE in product.name:
+        return arithmetic
+    return max(arithmetic, product.bytes / chip.memory_rate)
 
 
 def quantising_bytes(collective: Collective, activation_bytes: int) -> float:

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from caat_jax.sensitivity.budget import Option, channels_allowed, choose
+from caat_jax.sensitivity.budget import Option, channels_allowed, choose, improve
 
 # Sixteenths add up without rounding, in any order.
 RISES = st.integers(-40, 160).map(lambda n: n / 16) | st.sampled_from([math.inf, math.nan])
@@ -15,9 +15,9 @@ OPTIONS = st.lists(st.builds(Option, st.integers(0, 12), RISES), min_size=1, max
 
 
 def best_of_all(options, allowed):
-    """(rise, channels) of the best choice, the fewest channels among equals; None: there is none"""
+    """(rise, cost) of the best choice, the least cost among equals; None: there is none"""
     outcomes = [
-        (sum(option.rise for option in choice), sum(option.channels for option in choice))
+        (sum(option.rise for option in choice), sum(option.cost for option in choice))
         for choice in itertools.product(*options)
     ]
     possible = [o for o in outcomes if math.isfinite(o[0]) and o[1] <= allowed]
@@ -32,8 +32,49 @@ def test_no_choice_is_better(options, allowed):
         assert best_of_all(options, allowed) is None
         return
     taken = [sublayer[number] for sublayer, number in zip(options, choice, strict=True)]
-    outcome = sum(option.rise for option in taken), sum(option.channels for option in taken)
+    outcome = sum(option.rise for option in taken), sum(option.cost for option in taken)
     assert outcome == best_of_all(options, allowed)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    st.lists(OPTIONS, min_size=1, max_size=4), st.integers(0, 40), st.integers(0, 30), st.data()
+)
+def test_what_is_measured_fits_and_the_best_is_kept(options, allowed, trials, data):
+    """Losses are anything: what was predicted decides only what is tried first."""
+    choice = choose(options, allowed)
+    if choice is None:
+        return
+    losses = {}
+
+    def measure(some):
+        assert tuple(some) not in losses
+        losses[tuple(some)] = loss = data.draw(st.integers(0, 99))
+        return loss
+
+    best, loss = improve(options, allowed, choice, measure, trials)
+    assert losses[tuple(best)] == loss == min(losses.values())
+    assert 1 <= len(losses) <= 1 + trials
+    for some in losses:
+        taken = [sublayer[number] for sublayer, number in zip(options, some, strict=True)]
+        assert sum(option.cost for option in taken) <= allowed
+        assert all(math.isfinite(option.rise) for option in taken)
+
+
+def test_swaps_reach_the_optimum_that_sums_do_not_know():
+    """Two neighbouring sublayers at 0 cost 8 more than the sum says; three pairs must be found."""
+    options = [[Option(1, 0.0), Option(0, 1.0 + n / 16)] for n in range(6)]
+
+    def measure(choice):
+        together = sum(a and b for a, b in itertools.pairwise(choice))
+        rises = (sublayer[number].rise for sublayer, number in zip(options, choice, strict=True))
+        return sum(rises) + 8.0 * together
+
+    choice = choose(options, 3)
+    assert choice == [1, 1, 1, 0, 0, 0]
+    best, loss = improve(options, 3, choice, measure, trials=12)
+    possible = [c for c in itertools.product((0, 1), repeat=6) if sum(c) >= 3]
+    assert loss == measure(best) == min(map(measure, possible))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What single cuts cost, the factors for a budget, and the files of both."""
 
+import ast
 import csv
 import dataclasses
 import importlib.util
@@ -20,8 +21,8 @@ from caat_jax.config.stored import base_fields
 from caat_jax.data import token_cache
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.errors import InputError
-from caat_jax.sensitivity import budget_config, report
 from caat_jax.sensitivity import cuts as sublayer_cuts
+from caat_jax.sensitivity import plan_config, plans, report
 from caat_jax.sensitivity.cuts import Cut, Sensitivity
 from configs import base
 from tests import models, reference, runs
@@ -57,7 +58,18 @@ def measured(workdir):
     """On all 8 devices."""
     step, config = checkpoint.newest_config(workdir)
     cuts = sublayer_cuts.cuts_below(config.model, FACTORS)
-    return sublayer_cuts.measure(workdir, step, config, cuts, sequences=5)
+    validation = sublayer_cuts.Validation(workdir, step, config, sequences=5)
+    return sublayer_cuts.measure(validation, cuts)
+
+
+def plan_of(sensitivity: Sensitivity, budget: float, loss=lambda _: 2.5) -> plans.Plan:
+    """By prediction alone; measured, every plan has this loss."""
+    limit = plans.budget_limit(budget, sensitivity.config.model, sensitivity.sync_factors())
+    return plans.find(sensitivity, limit, loss, swaps=0)
+
+
+def shared_by(plan: plans.Plan, sensitivity: Sensitivity) -> float:
+    return plans.synchronised(plan_config.with_plan(sensitivity.config, plan).model)
 
 
 def made_up(rises: dict[Cut, float], **model) -> Sensitivity:
@@ -78,7 +90,8 @@ def in_all_sublayers(rises: dict[float, float], layers=2) -> dict[Cut, float]:
 # ---- Measured ---------------------------------------------------------------------------------
 
 
-def test_losses_are_those_of_the_emulation(workdir, measured):
+def emulated_loss(workdir, sync_widths):
+    """Of the checkpoint with these widths, over 5 sequences, in float64."""
     step, config = checkpoint.newest_config(workdir)
     rows = token_cache.open_cache(config.data, load_tokenizer("bytes")).validation
     rows = np.stack([rows[n] for n in range(5)])
@@ -88,11 +101,16 @@ def test_losses_are_those_of_the_emulation(workdir, measured):
         parameters = jax.device_get(
             checkpoints.restore_parameters(step, programs.state_shapes.parameters)
         )
+    method = models.method(config) | dict(sync_widths=sync_widths)
+    inputs, targets = np.maximum(rows[:, :-1], 0), rows[:, 1:]
+    return reference.loss(parameters, inputs, targets, **method)
+
+
+def test_losses_are_those_of_the_emulation(workdir, measured):
+    _, config = checkpoint.newest_config(workdir)
 
     def expected(sync_widths):
-        method = models.method(config) | dict(sync_widths=sync_widths)
-        inputs, targets = np.maximum(rows[:, :-1], 0), rows[:, 1:]
-        return reference.loss(parameters, inputs, targets, **method)
+        return emulated_loss(workdir, sync_widths)
 
     assert measured.config == config
     assert measured.uncut_loss == pytest.approx(expected(((32, 16), (16, 8))), abs=2e-6)
@@ -104,7 +122,9 @@ def test_losses_are_those_of_the_emulation(workdir, measured):
 
 
 def test_command_writes_what_it_prints(workdir, measured, tmp_path):
-    arguments = ["--cut_to=0,0.75,0", "--sequences=5", "--budget=0.25"]
+    arguments = ["--cut_to=0,0.75,0", "--sequences=5", "--budget=0.25", "--swaps=0"]
+    arguments += ["--workload=decode", "--speedup=1.5", "--flops=1e15", "--memory_rate=1e15"]
+    arguments += ["--link_bandwidth=1e9", "--link_latency=1e-3"]
     code, stdout, stderr = run_forked([COMMAND, f"--workdir={workdir}", *arguments], tmp_path)
     assert code == 0, stderr
     said = " ".join(stdout.split())
@@ -126,10 +146,27 @@ def test_command_writes_what_it_prints(workdir, measured, tmp_path):
 
     assert matplotlib.image.imread(workdir / "sensitivity.png").shape[0] > 400
     resolved = resolve(imported(workdir / "budget_0.25.py").get_config())
-    plan = budget_config.plan(measured, 0.25)
-    assert resolved == plan.config and plan.synchronised <= 0.25
+    plan = plan_of(measured, 0.25)
+    assert resolved == plan_config.with_plan(measured.config, plan)
+    assert shared_by(plan, measured) <= 0.25
     assert f"predicted rise {plan.rise:+.4f}" in said
+    loss = emulated_loss(workdir, resolved.model.sync_widths)
+    assert f"measured {loss - measured.uncut_loss:+.4f}" in said
     assert not list(workdir.glob("*.new"))
+
+    # Latency is all there is: 4 reductions of 14 hops and two gathers of 7 at p = 1.
+    points = list(csv.DictReader(io.StringIO((workdir / "frontier.csv").read_text())))
+    for point in points:
+        hops = 14 * (4 - int(point["skipped"])) + 14
+        assert float(point["speed_up"]) == pytest.approx(70 / hops, rel=1e-3)
+        assert f"{1000 * float(point['seconds']):.4g}" in said
+    assert [int(point["skipped"]) for point in points] == [0, 1, 2, 3, 4]
+    factors = ast.literal_eval(points[2]["factors"])
+    loss = emulated_loss(workdir, measured.config.with_sync_factors(factors).model.sync_widths)
+    assert float(points[2]["measured_rise"]) == pytest.approx(loss - measured.uncut_loss, abs=4e-6)
+    assert matplotlib.image.imread(workdir / "frontier.png").shape[0] > 400
+    fast = resolve(imported(workdir / "speedup_1.5.py").get_config())
+    assert sum(p == 0 for pair in fast.model.sync_factors for p in pair) == 2
 
     # train.py takes the file: it is the flag after it that is refused.
     command = ["train.py", f"--config={workdir}/budget_0.25.py", f"--workdir={tmp_path}/new"]
@@ -190,32 +227,34 @@ def test_plan_takes_the_cuts_that_cost_least():
     """Of 4 sublayers, 2 may be synchronised: the two that it costs most to cut wholly."""
     rises = in_all_sublayers({0.5: 0.25, 0.0: 0.5})
     rises |= {Cut(0, "mlp", 0.0): 0.125, Cut(0, "mlp", 0.5): 0.0625, Cut(1, "attention", 0.0): 0.25}
-    plan = budget_config.plan(made_up(rises), 0.5)
-    assert plan.config.model.sync_factors == ((1.0, 0.0), (0.0, 1.0))
-    assert plan.rise == 0.375 and plan.synchronised == 0.5
-    assert plan.uniform_rise == 0.8125
-    assert budget_config.plan(made_up(rises), 0.6).uniform_rise is None
+    measured = made_up(rises)
+    plan = plan_of(measured, 0.5)
+    assert plan.sync_factors == ((1.0, 0.0), (0.0, 1.0))
+    assert plan.rise == 0.375 and shared_by(plan, measured) == 0.5
+    assert plan.measured_rise == 0.5
+    assert plans.uniform_rise(measured, 0.5) == 0.8125
+    assert plans.uniform_rise(measured, 0.6) is None
 
 
 def test_plan_takes_what_lowers_the_loss():
-    plan = budget_config.plan(made_up(in_all_sublayers({0.75: -0.5, 0.0: -0.25})), 1.0)
-    assert plan.config.model.sync_factors == ((0.75, 0.75),) * 2
+    plan = plan_of(made_up(in_all_sublayers({0.75: -0.5, 0.0: -0.25})), 1.0)
+    assert plan.sync_factors == ((0.75, 0.75),) * 2
     assert plan.rise == -2.0
 
 
 def test_plan_without_cuts_costs_nothing():
     rises = in_all_sublayers({0.25: 0.5})
     measured = made_up(rises, sync_factor=0.5)
-    plan = budget_config.plan(measured, 0.5)
-    assert plan.config == measured.config and plan.rise == 0.0
+    plan = plan_of(measured, 0.5)
+    assert plan_config.with_plan(measured.config, plan) == measured.config and plan.rise == 0.0
 
 
 def test_plan_never_takes_a_loss_that_is_no_number():
     rises = in_all_sublayers({0.5: math.nan, 0.25: 1.0})
-    plan = budget_config.plan(made_up(rises), 0.5)
-    assert {p for pair in plan.config.model.sync_factors for p in pair} == {0.25, 1.0}
+    plan = plan_of(made_up(rises), 0.5)
+    assert {p for pair in plan.sync_factors for p in pair} == {0.25, 1.0}
     with pytest.raises(InputError, match=r"--budget=0\.5 cannot be met: .* not finite"):
-        budget_config.plan(made_up(in_all_sublayers({0.5: math.nan})), 0.5)
+        plan_of(made_up(in_all_sublayers({0.5: math.nan})), 0.5)
 
 
 # ---- The config file --------------------------------------------------------------------------
@@ -259,15 +298,15 @@ def test_config_file_is_the_checkpoints_with_other_factors(tmp_path, own, stated
         assert fields != base_fields(config)[section]
     rises = in_all_sublayers({0.5: 0.25, 0.0: 1.0})
     measured = Sensitivity(30, config, 2.0, {cut: 2.0 + rise for cut, rise in rises.items()})
-    plan = budget_config.plan(measured, 0.5)
+    plan = plan_of(measured, 0.5)
     workdir = tmp_path / 'a """run""" \\new'
     workdir.mkdir()
-    path = workdir / budget_config.file_name(0.5)
+    path = workdir / plan_config.file_name(plan)
     assert path.name == "budget_0.5.py"
-    path.write_text(budget_config.source(plan, measured, workdir))
+    path.write_text(plan_config.source(plan, measured, workdir))
     module = imported(path)
     resolved = resolve(module.get_config())
-    assert resolved == plan.config
+    assert resolved == plan_config.with_plan(config, plan)
     # The schedule was the checkpoint's way to its own factors.
     train = dataclasses.replace(config.train, sync_schedule=())
     expected = dataclasses.replace(config, train=train).with_sync_factors(((0.5, 0.5),) * 2)
@@ -280,14 +319,18 @@ def test_config_file_is_the_checkpoints_with_other_factors(tmp_path, own, stated
         (str(path), ""),
         (str(path), f" --config.train.sync_schedule='{stated}' --config.train.steps=MORE"),
     ]
-    for part in ("checkpoint of step 30", "--budget=0.5", "+1.000000 nats per token"):
+    for part in (
+        "checkpoint of step 30",
+        "--budget=0.5",
+        "+0.500000 measured, +1.000000 predicted",
+    ):
         assert part in said
 
 
 def test_config_file_sets_only_what_differs_from_base(tmp_path):
     config = resolve(base.get_config())
     measured = Sensitivity(30, config, 2.0, {Cut(0, "mlp", 0.5): 2.5})
-    text = budget_config.source(budget_config.plan(measured, 1.0), measured, tmp_path)
+    text = plan_config.source(plan_of(measured, 1.0), measured, tmp_path)
     assert re.findall(r"^    config\.(\S+) = ", text, re.MULTILINE) == [
         # What resolving works out, and the factors.
         "model.head_dim",
@@ -332,6 +375,16 @@ def test_refused_before_the_checkpoint_is_looked_for(tmp_path, arguments, said):
         (["--budget=1.5"], ["--budget=1.5", "[0, 1]"]),
         (["--budget=-0.5"], ["--budget=-0.5", "[0, 1]"]),
         (["--budget=nan"], ["--budget=nan", "[0, 1]"]),
+        (["--speedup=2"], ["--speedup needs a --workload"]),
+        (["--chip=v5p"], ["--chip needs a --workload"]),
+        (["--workload=decode"], ["--workload=decode needs a --chip", "--link_latency"]),
+        (["--workload=decode", "--flops=1"], ["--memory_rate"]),
+        (["--workload=decode", "--chip=v5q"], ["--chip=v5q", "nearest is v5"]),
+        (["--workload=decode", "--chip=v5p", "--devices=3"], ["--devices=3", "8 shards"]),
+        (["--workload=decode", "--chip=v5p", "--devices=16"], ["--batch=1", "multiple of 2"]),
+        (["--workload=decode", "--chip=v5p", "--length=0"], ["--length=0", "at least 1"]),
+        (["--workload=decode", "--chip=v5p", "--speedup=0.5"], ["--speedup=0.5", "from 1 on"]),
+        (["--workload=decode", "--chip=v5p", "--speedup=9"], ["--speedup=9", "out of reach"]),
     ],
     ids=str,
 )
@@ -344,6 +397,6 @@ def test_refused_for_this_checkpoint(workdir, tmp_path, arguments, said):
 def test_smallest_budget_that_is_possible_is_named():
     model = models.small_config(model=dict(sync_factor=1.0, embed_dim=48)).model
     with pytest.raises(InputError) as error:
-        budget_config.check_budget(0.3, model, [0.3125 + 1 / 48])  # D_s = 16
+        plans.budget_limit(0.3, model, [0.3125 + 1 / 48])  # D_s = 16
     named = float(re.search(r"at least (\S+) is possible", str(error.value))[1])
-    budget_config.check_budget(named, model, [1 / 3])
+    plans.budget_limit(named, model, [1 / 3])
