@@ -1,11 +1,12 @@
 """Workers of `links.py`: one process on each host for all variants of one kind of system.
 
-python -m benchmarks.link_workers ours P:WIRE[,P:WIRE...] HOSTS HOST PORT SIZES
-python -m benchmarks.link_workers dense replicated,sequence HOSTS HOST PORT SIZES
-python -m benchmarks.link_workers torch - HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers ours '["FACTORS:WIRE", …]' HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers dense '["replicated", "sequence"]' HOSTS HOST PORT SIZES
+python -m benchmarks.link_workers torch '["-"]' HOSTS HOST PORT SIZES
 
-Variants share processes, and therefore connections, so that they differ only in what they compute
-and send.  PORT must be free on host0; SIZES is a `Sizes` as JSON.  Once a worker has compiled, it
+FACTORS is a `model.sync_factor` or a `model.sync_factor_per_layer`.  Variants share processes, and
+therefore connections, so that they differ only in what they compute and send.  PORT must be free on
+host0; SIZES is a `Sizes` as JSON.  Once a worker has compiled, it
 describes its variants in a line of JSON.  Then it reads requests, [variant, workload, "time" or
 "profile"], runs the workload together with the other hosts' workers, and answers with the
 milliseconds of each of its parts, or with what `link_profile` measured.  The torch peer needs
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import link_profile
+from benchmarks.link_sizes import Generation, Sizes, config_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,40 +37,8 @@ class Place:
     port: int  # of the coordinator, on host0
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """A batch of prompts and the length of its continuation; parts are named after `prompts`."""
-
-    batch: int
-    prompt_length: int
-    new_tokens: int
-
-    @property
-    def prompts(self) -> str:
-        return f"{self.batch}x{self.prompt_length}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of the model and of the workloads; float32."""
-
-    layers: int
-    embed_dim: int
-    heads: int
-    mlp_dim: int
-    vocab_size: int
-    train_batch: int
-    train_length: int
-    generations: tuple[Generation, ...]
-
-    @classmethod
-    def from_json(cls, text: str) -> "Sizes":
-        """The inverse of `json.dumps(dataclasses.asdict(sizes))`."""
-        fields = json.loads(text)
-        generations = tuple(Generation(**case) for case in fields.pop("generations"))
-        return cls(generations=generations, **fields)
-
-
+# A workload beside those that are reported: what the delay of the links is by itself.
+HOP = "hop"
 # What a worker runs when asked; returns the milliseconds of the parts, such as {"train": 812.5}.
 Workloads = dict[str, Callable[[], dict[str, float]]]
 
@@ -80,18 +50,19 @@ def build_ours(variant: str, place: Place, sizes: Sizes) -> tuple[Workloads, dic
     from caat_jax.communication import traced_programs
     from caat_jax.inference.generator import Generator
 
-    p, wire = variant.split(":")
+    factors, wire = variant.split(":")
     if wire == "bfloat16":
         _send_bfloat16()
-    programs = _programs(float(p), place, sizes, wire)
-    step = _train_step(
-        programs.train_step, programs.initial_state(), _batch(sizes, programs.batch_sharding)
-    )
-    parameters = programs.initial_state().parameters
-    generator = Generator(programs.config, programs.mesh, parameters)
+    programs = _programs(factors, place, sizes, wire)
+    workloads: Workloads = {HOP: _hop(programs.mesh)}
+    traces = {}
+    if sizes.train_batch:
+        batch = _batch(sizes, programs.batch_sharding)
+        step = _train_step(programs.train_step, programs.initial_state(), batch)
+        traces["train"] = programs.trace_train_step()
+        workloads["train"] = lambda: {"train": _milliseconds(step)}
+    generator = Generator(programs.config, programs.mesh, _parameters(place, sizes))
     inference = generator.programs
-    traces = {"train": programs.trace_train_step()}
-    workloads: Workloads = {"train": lambda: {"train": _milliseconds(step)}}
     for case in sizes.generations:
         prompts = _prompts(sizes, case).tolist()
         stream = functools.partial(generator.stream, prompts, max_new_tokens=case.new_tokens)
@@ -101,6 +72,37 @@ def build_ours(variant: str, place: Place, sizes: Sizes) -> tuple[Workloads, dic
         traces[f"decode {case.prompts}"] = inference.trace_decode(case.batch, cache)
     sent = {name: traced_programs.count(trace.jaxpr).wire_bytes for name, trace in traces.items()}
     return workloads, {"versions": f"jax {jax.__version__}", "wire_bytes": sent}
+
+
+@functools.cache
+def _parameters(place: Place, sizes: Sizes) -> Any:
+    """Of a model of these sizes, whatever its factors."""
+    return _programs("1.0", place, sizes).initial_state().parameters
+
+
+def _hop(mesh: Any) -> Callable[[], dict[str, float]]:
+    """A workload: the milliseconds of one of the 2 (M - 1) hops of an all-reduce of few numbers."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+    from jax.sharding import PartitionSpec as P
+
+    hosts, rounds = mesh.shape["model"], 50
+
+    def reduce(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return lax.pcast(lax.psum(x / hosts, "model"), "model", to="varying"), None
+
+    run = jax.jit(
+        jax.shard_map(
+            lambda x: lax.scan(reduce, x, length=rounds)[0],
+            mesh=mesh,
+            in_specs=P("model"),
+            out_specs=P("model"),
+        )
+    )
+    numbers = jnp.ones(4 * hosts)
+    hops = rounds * 2 * (hosts - 1)
+    return lambda: {HOP: _milliseconds(lambda: jax.block_until_ready(run(numbers))) / hops}
 
 
 def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, dict]:
@@ -116,7 +118,7 @@ def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, d
     from benchmarks import dense_baseline
     from caat_jax.training import optimizer as optimizer_lib
 
-    programs = _programs(1.0, place, sizes)
+    programs = _programs("1.0", place, sizes)
     mesh, model = programs.mesh, programs.config.model
 
     def on_mesh(*axes: str | None) -> NamedSharding:
@@ -165,8 +167,10 @@ def build_dense(residual: str, place: Place, sizes: Sizes) -> tuple[Workloads, d
             weights, tokens, last_only=True, **settings
         ).argmax(-1)
     )
-    step = _train_step(train_step, state, _batch(sizes, programs.batch_sharding))
-    workloads: Workloads = {"train": lambda: {"train": _milliseconds(step)}}
+    workloads: Workloads = {}
+    if sizes.train_batch:
+        step = _train_step(train_step, state, _batch(sizes, programs.batch_sharding))
+        workloads["train"] = lambda: {"train": _milliseconds(step)}
     for case in sizes.generations:
         prompts = _prompts(sizes, case)
         workloads[f"generate {case.prompts}"] = lambda prompts=prompts, case=case: {
@@ -263,31 +267,13 @@ def _send_bfloat16() -> None:
     reductions._sum_over_model = sum_over_model
 
 
-def _programs(p: float, place: Place, sizes: Sizes, wire: str = "float32") -> Any:
-    """The programs for a factor, on a mesh with one device of each host."""
-    from caat_jax.config.resolve import resolve
+def _programs(factors: str, place: Place, sizes: Sizes, wire: str = "float32") -> Any:
+    """The programs of that configuration."""
     from caat_jax.devices import sharding
     from caat_jax.training.step import Programs
-    from configs import base
 
-    config = base.get_config()
-    config.model.update(
-        layers=sizes.layers,
-        embed_dim=sizes.embed_dim,
-        heads=sizes.heads,
-        kv_heads=sizes.heads,
-        mlp_dim=sizes.mlp_dim,
-        vocab_size=sizes.vocab_size,
-        tp_shards=place.hosts,
-        sync_factor=p,
-    )
-    config.compute.update(scan_layers=False, forward_wire_dtype=wire, backward_wire_dtype=wire)
-    config.mesh.update(data=1, fsdp=1, model=place.hosts)
-    config.train.global_batch = sizes.train_batch
-    longest = max((g.prompt_length + g.new_tokens for g in sizes.generations), default=0)
-    config.data.sequence_length = max(sizes.train_length, longest)
-    resolved = resolve(config)
-    return Programs(resolved, sharding.create_mesh(resolved.mesh))
+    config = config_of(factors, place.hosts, sizes, wire)
+    return Programs(config, sharding.create_mesh(config.mesh))
 
 
 def _train_step(step: Callable, state: Any, batch: Any) -> Callable[[], None]:
@@ -332,7 +318,7 @@ def _generation(stream: Callable[[], Any], case: Generation) -> dict[str, float]
 
 def _steps(sizes: Sizes) -> dict[str, int]:
     """How many steps of each part a workload runs."""
-    parts = {"train": 1}
+    parts = {"train": 1, HOP: 1}
     for case in sizes.generations:
         parts |= {f"prefill {case.prompts}": 1, f"decode {case.prompts}": case.new_tokens - 1}
     return parts
@@ -353,7 +339,7 @@ def main() -> None:
     place, sizes = Place(*map(int, place)), Sizes.from_json(sizes_json)
     if kind != "torch":
         _join(place)
-    built = {variant: build(variant, place, sizes) for variant in variants.split(",")}
+    built = {variant: build(variant, place, sizes) for variant in json.loads(variants)}
     for workloads, _ in built.values():
         for workload in workloads.values():
             workload(), workload()

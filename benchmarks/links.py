@@ -1,7 +1,7 @@
 """What partial synchronisation gains on links of limited bandwidth: training, prefill, decode.
 
     python -m benchmarks.links [--hosts=4] [--rate=25mbit --rate=400mbit] [--p=1 --p=0.5 --p=0.25]
-        [--also=1:bfloat16 --also=0.5:int8]
+        [--also=1:bfloat16 --also=0.5:int8] [--plan="12x(0,1)"] [--latency=1]
         [--workload=train --workload=prefill --workload=decode] [--rounds=5] [--output=links]
         [--generate=1x64+17,64x8+9] [--peer_python=PATH] [--no_baselines]
 
@@ -16,12 +16,17 @@ The bound: at a given rate, a system needs at least its time without a limit plu
 bytes take on the link, T(p) >= T(p; no limit) + bytes(p) / rate.  The bytes are counted in the
 program (`caat_jax.communication.traced_programs`); "reached" is the measured speed-up over p = 1 as
 a fraction of the bound's.
+
+With --latency, every frame arrives so much later.  "Predicted" times are those of
+`caat_jax.step_time`, with one hop's time as measured with an all-reduce of a few numbers.
 """
 
 import dataclasses
 import json
+import math
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,12 +37,15 @@ import tqdm
 from absl import flags
 
 from benchmarks import links_report, network
-from benchmarks.link_workers import Generation, Sizes
+from benchmarks.link_sizes import Generation, Sizes, config_of
+from benchmarks.link_workers import HOP
 from benchmarks.links_report import NO_LIMIT, WORKLOADS, Measurements, workload_of
 from benchmarks.workers import ROOT
 from caat_jax import command_line
 from caat_jax.config.resolve import FORWARD_WIRE_DTYPES
 from caat_jax.errors import InputError
+from caat_jax.step_time import model, own_chip
+from caat_jax.step_time.model import Workload
 
 HOSTS = flags.DEFINE_integer("hosts", 4, "Number of hosts; also S and M.", 2)
 RATES = flags.DEFINE_multi_string(
@@ -49,6 +57,12 @@ FACTORS = flags.DEFINE_multi_float("p", [1.0, 0.5, 0.25], "Synchronisation facto
 ALSO = flags.DEFINE_multi_string(
     "also", [], "Further systems, p:T with reductions of type T in both directions: 0.5:int8."
 )
+PLANS = flags.DEFINE_multi_string(
+    "plan", [], "Further systems: layers x (attention's factor, the MLP's): 2x(1,1)+10x(0,0.5)."
+)
+LATENCY = flags.DEFINE_float("latency", 0.0, "Milliseconds from one host to another.", 0.0)
+FLOPS = flags.DEFINE_float("flops", 2e10, "A host's FLOP/s, for predictions.", 1.0)
+MEMORY_RATE = flags.DEFINE_float("memory_rate", 5e9, "A host's bytes/s, for predictions.", 1.0)
 WORKLOAD = flags.DEFINE_multi_enum("workload", WORKLOADS, WORKLOADS, "What to measure.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each is measured at each rate.", 1)
 OUTPUT = flags.DEFINE_string("output", "links", "Where to write, without .json, .csv, .png.")
@@ -81,7 +95,7 @@ def main() -> None:
         raise InputError(f"--p={bad[0]} must be in [0, 1]")
     kinds = _kinds(factors)
     network.isolate("benchmarks.links")
-    hosts = network.Hosts(HOSTS.value)
+    hosts = network.Hosts(HOSTS.value, LATENCY.value / 1000)
     workers: list[Workers] = []
     systems: list[System] = []
     try:
@@ -96,13 +110,20 @@ def main() -> None:
         measured = Measurements(rates, {system.name: system.wire_bytes for system in systems})
         about = {
             "hosts": HOSTS.value,
+            "latency_ms": LATENCY.value,
             "rounds": ROUNDS.value,
             "sizes": dataclasses.asdict(sizes),
             "versions": {system.name: system.versions for system in systems},
         }
+        works = _works(kinds[0][1], sizes)
         for rate, megabits in rates.items():
             hosts.set_rate(megabits)
             _measure(measured, rate, systems)
+            about.setdefault("hop_ms", {})[rate] = hop = _hop(systems[0])
+            measured.predictions |= {
+                (rate, *system_and_part): _predicted(work, megabits, hop)
+                for system_and_part, work in works.items()
+            }
             links_report.print_rate(measured, rate)
             # After every rate, since a run may be cut off.
             links_report.write(measured, about, Path(OUTPUT.value))
@@ -122,9 +143,11 @@ def _sizes() -> Sizes:
         heads=2 * HOSTS.value,
         mlp_dim=3 * EMBED_DIM.value,
         vocab_size=512,
-        train_batch=TRAIN_BATCH.value,
+        train_batch=TRAIN_BATCH.value if "train" in WORKLOAD.value else 0,
         train_length=LENGTH.value,
-        generations=tuple(map(_generation, GENERATE.value)),
+        generations=tuple(map(_generation, GENERATE.value))
+        if set(WORKLOAD.value) - {"train"}
+        else (),
     )
 
 
@@ -157,6 +180,7 @@ def _kinds(factors: list[float]) -> list[tuple[str, dict[str, str], str]]:
     """For each kind of worker: its name, its variants and their systems' names, its Python."""
     chosen = [(p, "float32") for p in factors] + list(map(_factor_and_wire, ALSO.value))
     ours = {f"{p}:{wire}": links_report.our_name(p, wire) for p, wire in chosen}
+    ours |= {f"{_plan(text)}:float32": f"caat_jax, {text}" for text in PLANS.value}
     kinds = [("ours", ours, sys.executable)]
     if not NO_BASELINES.value:
         kinds.append(("dense", DENSE, sys.executable))
@@ -173,6 +197,54 @@ def _factor_and_wire(text: str) -> tuple[float, str]:
             f" {', '.join(FORWARD_WIRE_DTYPES)}"
         )
     return float(p), wire
+
+
+def _plan(text: str) -> str:
+    """The factors of every layer, as a literal."""
+    pairs: list[tuple[float, ...]] = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"([1-9]\d*)x\(([01](?:\.\d+)?),([01](?:\.\d+)?)\)", part)
+        if not match:
+            raise InputError(
+                f"--plan={text} must be layers x (attention's factor, the MLP's), such as"
+                " 2x(1,1)+10x(0,0.5)"
+            )
+        pairs += [tuple(map(float, match.groups()[1:]))] * int(match[1])
+    if len(pairs) != LAYERS.value:
+        raise InputError(f"--plan={text} has {len(pairs)} layers, not --layers={LAYERS.value}")
+    return str(tuple(pairs))
+
+
+def _works(variants: dict[str, str], sizes: Sizes) -> dict[tuple[str, str], Workload]:
+    """What each of this project's systems does in each part, by the system's name and the part."""
+    works = {}
+    for variant, name in variants.items():
+        factors, wire = variant.split(":")
+        config = config_of(factors, HOSTS.value, sizes, wire)
+        if sizes.train_batch:
+            works[name, "train"] = model.workload(config)
+        for case in sizes.generations:
+            for program in ("prefill", "decode"):
+                sized = dataclasses.replace(
+                    config,
+                    data=dataclasses.replace(config.data, sequence_length=case.prompt_length),
+                    train=dataclasses.replace(config.train, global_batch=case.batch),
+                )
+                part = f"{program} {case.prompts}"
+                works[name, part] = model.inference_workload(sized, program)
+    return works
+
+
+def _predicted(work: Workload, megabits: float | None, hop: float) -> float:
+    """Milliseconds, where a hop takes `hop` milliseconds; without a limit bytes take no time."""
+    bandwidth = math.inf if megabits is None else megabits * 1e6 / 8
+    chip = own_chip.of(FLOPS.value, MEMORY_RATE.value, bandwidth, hop / 1000, HOSTS.value)
+    return 1000 * model.predict(work, chip).step(overlap=True)
+
+
+def _hop(system: "System") -> float:
+    """The median of the milliseconds of a hop."""
+    return statistics.median(system.run(HOP)[HOP] for _ in range(ROUNDS.value + 1))
 
 
 class Workers:
@@ -193,7 +265,7 @@ class Workers:
         self._errors = [tempfile.TemporaryFile("w+") for _ in range(number)]
         self._processes = []
         for host in range(number):
-            command = [python, "-m", "benchmarks.link_workers", kind, ",".join(variants)]
+            command = [python, "-m", "benchmarks.link_workers", kind, json.dumps(variants)]
             command += [f"{number}", f"{host}", f"{port}", json.dumps(dataclasses.asdict(sizes))]
             self._processes.append(
                 subprocess.Popen(

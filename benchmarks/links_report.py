@@ -28,12 +28,13 @@ def workload_of(part: str) -> str:
 
 
 class Measurements:
-    """Times and profiles, by (rate, system, part)."""
+    """Times, predictions and profiles, by (rate, system, part)."""
 
     def __init__(self, rates: dict[str, float | None], wire_bytes: dict[str, dict[str, float]]):
         """Takes Mbit/s by rate, and the bytes that a host sends in a step, by system and part."""
         self.rates, self.wire_bytes = rates, wire_bytes
         self.times: dict[tuple[str, str, str], list[float]] = {}
+        self.predictions: dict[tuple[str, str, str], float] = {}  # milliseconds
         self.profiles: dict[tuple[str, str, str], dict[str, float]] = {}
 
     def add_time(self, rate: str, system: str, part: str, milliseconds: float) -> None:
@@ -71,6 +72,7 @@ class Measurements:
         row |= {
             "wire_bytes": self.wire_bytes[system][part],
             "link_ms": self._link_milliseconds(rate, system, part),
+            "predicted_ms": self.predictions[rate, system, part],
             "communication_to_compute": row["ms"] / self._without_limit(system, part) - 1,
             "bound_ms": bound,
             "bound_speed_up": base_bound / bound,
@@ -98,7 +100,7 @@ def print_rate(measured: Measurements, rate: str) -> None:
         print(f"\n{part}, link {rate}; in collectives and computing: from one profiled run")
         print(
             f"{'':32}{'ms':>9} {'speed-up':>8} {'bound':>6} {'reached':>7} {'link ms':>8}"
-            f" {'in coll.':>8} {'comput.':>8}"
+            f" {'predict.':>8} {'in coll.':>8} {'comput.':>8}"
         )
         for row in rows:
             if row["part"] != part:
@@ -107,7 +109,8 @@ def print_rate(measured: Measurements, rate: str) -> None:
             if "bound_ms" in row:
                 print(
                     f" {row['bound_speed_up']:6.2f} {row['reached']:7.2f} {row['link_ms']:8.1f}"
-                    f" {row['profile_collective_ms']:8.1f} {row['profile_operation_ms']:8.1f}",
+                    f" {row['predicted_ms']:8.1f} {row['profile_collective_ms']:8.1f}"
+                    f" {row['profile_operation_ms']:8.1f}",
                     end="",
                 )
             print()

@@ -1,4 +1,4 @@
-"""Hosts with limited links on one Linux machine: network namespaces on a bridge.
+"""Hosts with limited links on one Linux machine: network namespaces on a switch.
 
 A program that uses them first restarts itself in its own namespaces (`isolate`) for users, mounts,
 processes and networks.  Everything created inside, links and processes, belongs to those
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.workers import ROOT
 from caat_jax.errors import InputError
 
 _INSIDE = "CAAT_JAX_NETWORK_INSIDE"
@@ -77,9 +78,13 @@ def isolate(module: str) -> None:
 
 
 class Hosts:
-    """Hosts `host0`, `host1`, …, each with a link to a switch; created once, after `isolate`."""
+    """Hosts `host0`, `host1`, …, each with a link to a switch; created once, after `isolate`.
 
-    def __init__(self, number: int):
+    The switch is a bridge of the kernel's; one in user space (`delayed_switch.py`) where what is
+    sent shall arrive later by some seconds.
+    """
+
+    def __init__(self, number: int, latency: float = 0.0):
         self.names = [f"host{host}" for host in range(number)]
         addresses = {name: f"10.0.0.{host + 1}" for host, name in enumerate(self.names)}
         _run("mount -t tmpfs tmpfs /run")  # for the names of network namespaces
@@ -89,15 +94,20 @@ class Hosts:
         os.chmod(hosts.name, 0o644)
         _run(f"mount --bind {hosts.name} /etc/hosts")
         Path(hosts.name).unlink()
-        _run("ip link add switch type bridge")
-        _run("ip link set switch up")
+        if not latency:
+            _run("ip link add switch type bridge")
+            _run("ip link set switch up")
         for name, address in addresses.items():
             _run(f"ip netns add {name}")
             _run(f"ip link add {name} type veth peer name uplink netns {name}")
-            _run(f"ip link set {name} master switch up")
+            _run(f"ip link set {name} {'' if latency else 'master switch'} up")
             _run(f"ip -n {name} addr add {address}/24 dev uplink")
             _run(f"ip -n {name} link set uplink up")
             _run(f"ip -n {name} link set lo up")
+        if latency:
+            command = [sys.executable, "-m", "benchmarks.delayed_switch", f"{latency}", *self.names]
+            switch = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+            switch.stdout.readline()
 
     def set_rate(self, megabits: float | None) -> None:
         """Limits every host's link, in each direction, in Mbit/s; None: no limit."""

@@ -18,7 +18,7 @@ from tests.command_line import REPOSITORY, assert_refused, run_here
 
 LAYERS, WIDTH, BATCH, LENGTH, HOSTS = 2, 64, 2, 32, 2
 SMALL = [
-    *("--hosts=2", "--p=0.5", "--rate=100mbit", "--rounds=1", "--no_baselines"),
+    *("--hosts=2", "--p=0.5", "--rate=100mbit", "--rounds=1", "--no_baselines", "--latency=0.5"),
     *(f"--layers={LAYERS}", f"--embed_dim={WIDTH}", f"--train_batch={BATCH}"),
     *(f"--length={LENGTH}", "--generate=2x8+9"),
 ]
@@ -51,7 +51,7 @@ def processes_about(text):
 @pytest.mark.slow
 @needs_hosts
 def test_two_hosts(tmp_path):
-    process = start(tmp_path / "links")
+    process = start(tmp_path / "links", "--plan=1x(0,1)+1x(0,0.5)")
     said, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     rows = json.loads((tmp_path / "links.json").read_text())["rows"]
@@ -59,7 +59,7 @@ def test_two_hosts(tmp_path):
         assert len(list(csv.DictReader(file))) == len(rows)
     assert (tmp_path / "links.png").stat().st_size > 10_000
     parts, rates = ["train", "prefill 2x8", "decode 2x8"], ["none", "100mbit"]
-    systems = ["caat_jax, p = 1", "caat_jax, p = 0.5"]
+    systems = ["caat_jax, p = 1", "caat_jax, p = 0.5", "caat_jax, 1x(0,1)+1x(0,0.5)"]
     found = [(row["part"], row["rate"], row["system"]) for row in rows]
     assert sorted(found) == sorted(itertools.product(parts, rates, systems))
     assert "train, link 100mbit" in said
@@ -71,10 +71,22 @@ def test_two_hosts(tmp_path):
     for part, count in tokens.items():
         saved = 2 * LAYERS * count * WIDTH // 2 * 4 * 2 * (HOSTS - 1) / HOSTS
         assert wire[part, systems[0]] - wire[part, systems[1]] == saved
+        # Of two sublayers in each of two layers' widths, one and a half are left.
+        assert wire[part, systems[0]] - wire[part, systems[2]] == saved * 5 / 4
     for row in rows:
         collective, operation = row["profile_collective_ms"], row["profile_operation_ms"]
         assert collective > 0 and operation > 0
         assert collective + operation < row["profile_total_ms"]
+
+
+@needs_hosts
+def test_a_switch_that_delays():
+    """There and back takes twice the delay at least, and what is sent at once arrives whole."""
+    command = [sys.executable, "-m", "tests.benchmarks.delayed_hosts"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    round_trip, received = done.stdout.split()
+    assert 0.04 <= float(round_trip) < 1 and int(received) == 300_000
 
 
 def test_bounds():
@@ -82,6 +94,7 @@ def test_bounds():
     wire_bytes = {"caat_jax, p = 1": {"train": 1e6}, "caat_jax, p = 0.5": {"train": 0.5e6}}
     measured = links_report.Measurements({"none": None, "100mbit": 100.0}, wire_bytes)
     measured.profiles = collections.defaultdict(dict)
+    measured.predictions = collections.defaultdict(float)
     times = {
         ("none", "caat_jax, p = 1"): [20, 10, 30],
         ("none", "caat_jax, p = 0.5"): [10, 20, 60],
@@ -132,6 +145,9 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path, number):
     [
         (["--rate=fast"], "--rate=fast must be a number with mbit or gbit"),
         (["--rate=0mbit"], "--rate=0mbit"),
+        (["--plan=2x(0,2)"], "--plan=2x(0,2) must be layers x (attention's factor, the MLP's)"),
+        (["--plan=3x(0,1)"], "--plan=3x(0,1) has 3 layers, not --layers=2"),
+        (["--latency=-1"], "latency"),
         (["--p=1.5"], "--p=1.5 must be in [0, 1]"),
         (
             ["--also=0.5:int4"],
