@@ -2,14 +2,13 @@
 
     python -m caat_jax.sensitivity --workdir=runs/full
     python -m caat_jax.sensitivity --workdir=runs/full --cut_to=0.5,0.25,0 --budget=0.5
-    python -m caat_jax.sensitivity --workdir=runs/full --workload=decode --chip=h100-infiniband \
-        [--batch=1] [--length=1024] [--devices=8] [--speedup=1.5]
+    python -m caat_jax.sensitivity --workdir=runs/full --workload=decode --chip=v5p --speedup=1.5
 
 Of a run's newest checkpoint, measures by how much the validation loss rises when one sublayer alone
 has a smaller factor: every attention and every MLP, every factor of --cut_to below its own.  Prints
 a table and writes WORKDIR/sensitivity.csv and .png; with --budget also WORKDIR/budget_0.5.py, a
 config file with the factors that synchronise that fraction of the channels, on average over
-sublayers, at the least rise.  With --workload, the best factors for any predicted time on a chip of
+sublayers, at the least rise.  With --workload (of --batch, --length and --devices), the best factors for any predicted time on a chip of
 the table, or on one of your own (--flops, --memory_rate, --link_bandwidth, --link_latency), in
 WORKDIR/frontier.csv and .png; with --speedup also those that reach it, in WORKDIR/speedup_1.5.py.
 docs/sensitivity.md explains all.
