@@ -8,9 +8,10 @@ Of a run's newest checkpoint, measures by how much the validation loss rises whe
 has a smaller factor: every attention and every MLP, every factor of --cut_to below its own.  Prints
 a table and writes WORKDIR/sensitivity.csv and .png; with --budget also WORKDIR/budget_0.5.py, a
 config file with the factors that synchronise that fraction of the channels, on average over
-sublayers, at the least rise.  With --workload (of --batch, --length and --devices), the best factors for any predicted time on a chip of
-the table, or on one of your own (--flops, --memory_rate, --link_bandwidth, --link_latency), in
-WORKDIR/frontier.csv and .png; with --speedup also those that reach it, in WORKDIR/speedup_1.5.py.
+sublayers, at the least rise.  With --workload (of --batch, --length and --devices), the best
+factors for any predicted time on a chip of the table, or on one of your own (--flops,
+--memory_rate, --link_bandwidth, --link_latency), in WORKDIR/frontier.csv and .png; with --speedup
+also those that reach it, in WORKDIR/speedup_1.5.py.
 docs/sensitivity.md explains all.
 """
 
