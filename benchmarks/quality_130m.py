@@ -1,10 +1,12 @@
 """Quality and step time of the paper's 130M model on one device: p = 1 against p = 0.5.
 
-    python -m benchmarks.quality_130m --config=configs/llama_130m.py --workdir=DIR --minutes=20
+    python -m benchmarks.quality_130m --config=configs/llama_130m.py --workdir=DIR --minutes=20 \\
+        --config.data.own_text=False
 
-All shards are on that device.  Trains a tokeniser on the corpus, measures one training step of both
-in turn, works out how many steps N both can take in the time, and trains both for N steps from the
-same seed on the same batches.  DIR gets
+All shards are on that device; the text is that of data.files, or the source of Python's library.
+Trains a tokeniser on the corpus, measures one training step of both in turn, works out how many
+steps N both can take in the time, and trains both for N steps from the same seed on the same
+batches.  DIR gets
 
     tokenizer.json                      reused if it exists
     plan.json                           N, the step times, and the configuration they belong to
@@ -46,6 +48,7 @@ from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import memory, sharding
 from caat_jax.errors import InputError
 from caat_jax.evaluation import report
+from caat_jax.model import attention
 from caat_jax.plot import report as plot_report
 from caat_jax.training import loop, metrics
 from caat_jax.training.step import Programs
@@ -177,7 +180,8 @@ def _measure(config: Config, sequences: TokenSequences) -> dict[str, list[float]
     Each round takes one step of each in random order, so that other load affects both.
     """
     mesh = sharding.create_mesh(resolve_mesh(config, devices=1))
-    memory.check_training(config, mesh)
+    kernel = attention.choose(config.model, config.compute, mesh.devices.flat[0].platform)
+    memory.check_training(config, mesh, kernel)
     print("compiling and measuring the training steps", file=sys.stderr)
     programs = {p: Programs(config.with_sync_factor(p), mesh) for p in SYNC_FACTORS}
     steps = {p: programs[p].compile_train_step() for p in SYNC_FACTORS}

@@ -1,10 +1,12 @@
 """What the entry points share: flags, the configuration, and errors as one line."""
 
+import difflib
 import logging
 import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -13,11 +15,19 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from caat_jax import command_help
-from caat_jax.config.resolve import check_field_names, resolve
+from caat_jax.config.resolve import check_field_names, leaves, resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.devices import processes
 from caat_jax.errors import InputError, Interrupted, Stop
 from configs import base
+
+# By how Python begins to say that a text is none.
+_WANTED = {
+    "invalid literal for int": "must be a whole number",
+    "could not convert string to float": "must be a number",
+    "Non-boolean argument to boolean flag": "must be true or false",
+    "Error while parsing string": 'must be a tuple, such as "(1.0, 0.5)"',
+}
 
 
 def config_flag() -> flags.FlagHolder:
@@ -120,15 +130,19 @@ def _parse(
         _print_help(argv[0], None if config is None else _fields_of_flags(fields))
     if config is not None:
         check_field_names(_given_fields(argv), fields())
-        needs_file = flags.FLAGS["config"].default is None
-        if needs_file and not any(re.match(r"--?config(=.*)?$", argument) for argument in argv):
+        files = [argument for argument in argv[1:] if re.match(r"--?config(=.*)?$", argument)]
+        if flags.FLAGS["config"].default is None and not files:
             raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
+        if len(files) > 1:
+            raise InputError(f"{' and '.join(files)} are both given; give one")
     try:
         rest = flags.FLAGS(argv)
         if config is not None:
             _ = list(config.value)  # a file that is missing fails at its first use
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(_unknown(error.flagname, config, fields)) from None
     except flags.Error as error:
-        raise InputError(str(error)) from None
+        raise InputError(_flag_error(str(error))) from None
     # The file is a program: anything may come out of it.
     except Exception as error:
         reason = f"{type(error).__name__}: {_last_line(error)}"
@@ -150,6 +164,31 @@ def _print_help(script: str, config: ConfigDict | None) -> NoReturn:
     sys.exit(0)
 
 
+def _unknown(flag: str, config: flags.FlagHolder | None, fields: Callable[[], ConfigDict]) -> str:
+    """What to say of a flag that there is none of."""
+    known = list(flags.FLAGS)
+    if config is not None:
+        known += [f"config.{name}" for name, _ in leaves(fields())]
+    nearest = difflib.get_close_matches(flag, known, n=1)
+    return f"--{flag} is not a flag; " + (
+        f"the nearest is --{nearest[0]}" if nearest else "--help lists them all"
+    )
+
+
+def _flag_error(message: str) -> str:
+    """What absl says of a flag's value, in this project's words where it has better ones."""
+    missing = re.findall(r"Flag --(\w+) must have a value other than None", message)
+    if missing:
+        return " ".join(
+            f"--{name} is missing; give --{name}={name.upper()}: {flags.FLAGS[name].help}"
+            for name in missing
+        )
+    message = message.removeprefix("flag ")
+    for reason, wanted in _WANTED.items():
+        message = re.sub(rf": \W*{reason}.*", f" {wanted}", message, flags=re.DOTALL)
+    return message
+
+
 def _given_fields(argv: list[str]) -> list[str]:
     matches = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
     return [match[1] for match in matches if match]
@@ -161,7 +200,8 @@ def _or_exit(function: Callable[[], object]) -> object:
     except Stop as stop:
         _end(stop)
     except OSError as error:  # a disk that is full, a folder that is not to be read
-        _end(InputError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+        reason = error.strerror or error
+        _end(InputError(f"{_flag_of(error.filename)}{error.filename or 'a file'}: {reason}"))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -177,6 +217,16 @@ def _or_exit(function: Callable[[], object]) -> object:
         )
     except KeyboardInterrupt:
         _end(Interrupted("stopped; the same command starts again"))
+
+
+def _flag_of(file: str | None) -> str:
+    """`--NAME=VALUE: ` of the flag that gave a file or a folder above it; empty: none did."""
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, str) and value and file:
+            path = Path(value).expanduser().absolute()
+            if Path(file).absolute().is_relative_to(path) and path != Path("/"):
+                return f"--{name}={value}: "
+    return ""
 
 
 def _end(stop: Stop, at_once: bool = False) -> None:

@@ -89,6 +89,7 @@ def get_config() -> ConfigDict:
             holdout_every=20,
             encoding_errors="strict",  # bytes that are not UTF-8: strict, replace or ignore
             tokenizer="bytes",  # "bytes", a SentencePiece *.model or a Hugging Face tokenizer.json
+            own_text=False,  # True: refuse to train on the defaults of the corpus and tokenizer
             cache_dir="~/.cache/caat_jax",  # tokenised corpora
             sequence_length=256,  # T
         )
@@ -98,7 +99,7 @@ def get_config() -> ConfigDict:
         dict(
             peak_learning_rate=1e-3,
             final_learning_rate=1e-4,
-            warmup_steps=20,
+            warmup_steps=-1,  # -1: a tenth of decay_steps
             decay_steps=-1,  # the step at which the final rate is reached; -1: train.steps
             beta1=0.9,
             beta2=0.95,

@@ -22,6 +22,7 @@ def get_config():
     config.model.vocab_size = 32_000
     config.model.sync_factor = 0.5
     config.compute.dtype = "bfloat16"
+    config.data.own_text = True
     config.data.sequence_length = 1024
     config.optimizer.peak_learning_rate = 6e-4
     config.optimizer.final_learning_rate = 6e-5

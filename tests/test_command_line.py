@@ -13,6 +13,7 @@ import sentencepiece
 
 import caat_jax.evaluation
 from tests.command_line import (
+    REPOSITORY,
     SMALL,
     TINY,
     assert_refused,
@@ -68,7 +69,7 @@ def small(texts, tmp_path):
         ([TINY, "--config.seed.x=2"], ["config.seed.x ", "config.seed"]),
         ([TINY, "--config.model.layers=many"], ["config.model.layers", "many"]),
         ([TINY, "--config.model.layers=2.5"], ["config.model.layers", "2.5"]),
-        ([TINY, "--config.model.layers=2\n3"], ["config.model.layers=2 3: invalid literal"]),
+        ([TINY, "--config.model.layers=2\n3"], ["config.model.layers=2 3 must be a whole number"]),
         ([TINY, "--config.model.sync_factor=half"], ["config.model.sync_factor", "half"]),
         ([TINY, "--config.model.tied_head=maybe"], ["config.model.tied_head", "maybe"]),
         ([TINY, "--config.model.sync_factor_per_layer=(1,"], ["sync_factor_per_layer", "(1,"]),
@@ -105,6 +106,21 @@ def small(texts, tmp_path):
             ["train.global_batch=1000000000", "data.sequence_length=256"],
         ),
         (
+            [f"--config={REPOSITORY / 'configs/llama_130m.py'}"],
+            ["data.files or data.tfds_name", "data.tokenizer", "data.own_text=True"],
+        ),
+        (
+            [f"--config={REPOSITORY / 'configs/llama_7b.py'}", "--config.data.files=*.txt"],
+            ["data.tokenizer missing", "data.own_text=True"],
+        ),
+        (
+            [f"--config={REPOSITORY / 'configs/sweep.py'}"],
+            ["--config", "python -m caat_jax.sweep"],
+        ),
+        ([TINY, TINY], ["both given"]),
+        ([TINY, "--confg.train.steps=3"], ["--confg.train.steps", "--config.train.steps"]),
+        ([TINY, "--nosuch"], ["--nosuch is not a flag", "--help"]),
+        (
             [TINY, "--config.model.vocab_size=256"],
             ["data.tokenizer=bytes has 258 ids", "model.vocab_size=256", "264"],
         ),
@@ -121,7 +137,8 @@ def test_train_refuses_arguments(run, tmp_path, arguments, said):
     "command", [["train.py", TINY], ["eval.py"], ["generate.py", "--prompt=a"]], ids=str
 )
 def test_workdir_is_required(run, command):
-    assert_refused(run(*command), "--workdir")
+    assert_refused(run(*command), "--workdir is missing; give --workdir=WORKDIR")
+    assert_refused(run(*command, "--workdir="), "--workdir is empty")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ LAYERS = (
     "files",
     "config",
     "devices",
+    "activity",
     "command_help",
     "command_line",
     "figures",

@@ -292,8 +292,11 @@ class Checkpoints:
 
     def restore(self, step: int, shapes: Any) -> tuple[Any, dict[str, Any]]:
         """The training state, laid out as in `shapes`, and the state of the batches."""
-        data_state = files.read_json(self.folder / str(step) / "data/metadata", dict)
-        return self._restore(step, shapes), data_state
+        return self._restore(step, shapes), self.batches_state(step)
+
+    def batches_state(self, step: int) -> dict[str, Any]:
+        """What was saved as `data_state`."""
+        return files.read_json(self.folder / str(step) / "data/metadata", dict)
 
     def _restore(self, step: int, shapes: Any, **options: Any) -> Any:
         layouts = ocp.checkpoint_utils.construct_restore_args(shapes)

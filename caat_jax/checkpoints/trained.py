@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from caat_jax import activity
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
@@ -64,7 +65,7 @@ def restore_model(
     config = dataclasses.replace(config, mesh=resolve_mesh(config, len(devices)))
     mesh = sharding.create_mesh(config.mesh, devices)
     blueprint = Blueprint(config.model, config.compute, sharding.platform(mesh))
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir) as checkpoints, activity.shown(f"restoring step {step}"):
         # Every program casts matrices to the compute type before anything else: read so, they never
         # take the memory of float32.
         shapes = blueprint.on_mesh(mesh, jnp.dtype(config.compute.dtype))

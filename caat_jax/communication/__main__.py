@@ -23,15 +23,17 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from caat_jax import command_line
+from caat_jax import activity, command_line
 from caat_jax.communication import audit, report
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.data.tokenizers import load_tokenizer
-from caat_jax.devices import sharding, topology
+from caat_jax.devices import memory, sharding, topology
 from caat_jax.errors import InputError
 from caat_jax.inference.programs import InferencePrograms
 from caat_jax.training.step import Programs
+
+_MANY_PARAMETERS = 100_000_000
 
 PROGRAMS = ("train", "prefill", "decode")
 
@@ -73,8 +75,9 @@ def main(config: Config) -> None:
     batch, length = (None, None) if _PROGRAM.value == "train" else _sizes(config, mesh)
     audits = {}
     for name, variant in variants.items():
-        print(f"compiling at {name} for {mesh.size} devices", file=sys.stderr)
-        audits[name] = _audit(variant, mesh, batch, length)
+        print(f"compiling at {name} for {mesh.size} devices{_how_long(config)}", file=sys.stderr)
+        with activity.shown("compiling"):
+            audits[name] = _audit(variant, mesh, batch, length)
     workload = {
         "train": lambda: report.training(config),
         "prefill": lambda: report.prefill(config, batch, length),
@@ -84,6 +87,17 @@ def main(config: Config) -> None:
         print(json.dumps(report.to_json(mesh, audits, workload), indent=1))
     else:
         print(report.tables(config, mesh, audits, workload))
+
+
+def _how_long(config: Config) -> str:
+    """A warning where compiling for this machine is slow: it has few CPUs for large arrays."""
+    parameters = memory.parameter_count(config.model)
+    if _TOPOLOGY.value or jax.default_backend() != "cpu" or parameters < _MANY_PARAMETERS:
+        return ""
+    return (
+        f" of this machine, which with {parameters / 1e6:,.0f} M parameters may take an hour;"
+        " --topology=v5p:4x4x4 compiles for a TPU pod in about a minute"
+    )
 
 
 def _sizes(config: Config, mesh: Mesh) -> tuple[int, int]:

@@ -51,6 +51,11 @@ def resolve(config: ConfigDict) -> Config:
     Raises:
       InputError: naming the field, its value and what is allowed.
     """
+    if {"run", "grid"} <= set(config):
+        raise InputError(
+            "--config is a sweep's, with a grid: python -m caat_jax.sweep takes it; give the"
+            " configuration of one run, such as configs/tiny.py"
+        )
     _check_types(config)
     model = checked_architecture(dict(config.model))
     schedule = checked_schedule(config.train.sync_schedule, model.layers)
@@ -59,6 +64,8 @@ def resolve(config: ConfigDict) -> Config:
     optimizer = dict(config.optimizer)
     if optimizer["decay_steps"] == -1:
         optimizer["decay_steps"] = train.steps
+    if optimizer["warmup_steps"] == -1:
+        optimizer["warmup_steps"] = optimizer["decay_steps"] // 10
     optimizer = OptimizerConfig(**optimizer)
     _check_optimizer(optimizer)
     data = DataConfig(**config.data)
@@ -247,7 +254,8 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.decay_steps <= optimizer.warmup_steps:
         raise InputError(
             f"optimizer.decay_steps={optimizer.decay_steps} (train.steps when -1) must be above"
-            f" optimizer.warmup_steps={optimizer.warmup_steps}"
+            f" optimizer.warmup_steps={optimizer.warmup_steps}; --config.optimizer.warmup_steps=-1"
+            " warms up for a tenth of them"
         )
     for field in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, field) <= LARGEST_BELOW_ONE:

@@ -48,13 +48,38 @@ class DataConfig:
     holdout_every: int
     encoding_errors: str
     tokenizer: str
+    own_text: bool
     cache_dir: str
     sequence_length: int
+
+    def describe(self) -> str:
+        """The corpus and the tokeniser, for people."""
+        corpus = self.tfds_name or self.files or "the source of Python's standard library"
+        return f"{corpus}, tokeniser {self.tokenizer}"
+
+    def check_own_text(self, names_tokenizer: bool = True) -> None:
+        """Refuses the default corpus, and the default tokeniser, where `own_text` does.
+
+        Args:
+          names_tokenizer: whether `tokenizer` will be used.
+        """
+        missing = []
+        if not (self.tfds_name or self.files):
+            missing.append("data.files or data.tfds_name")
+        if names_tokenizer and self.tokenizer == "bytes":
+            missing.append("data.tokenizer")
+        if self.own_text and missing:
+            raise InputError(
+                f"{' and '.join(missing)} missing, and this configuration has data.own_text=True:"
+                ' give text, such as --config.data.files="~/books/**/*.txt", and'
+                " --config.data.tokenizer=tokenizer.model; or --config.data.own_text=False for"
+                f" {self.describe()}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """`config.optimizer`, `decay_steps` worked out."""
+    """`config.optimizer`, `warmup_steps` and `decay_steps` worked out."""
 
     peak_learning_rate: float
     final_learning_rate: float

@@ -47,6 +47,7 @@ def from_json(fields: dict[str, Any]) -> Config:
         train["sync_schedule"] = tuple(
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )
+        data = {"own_text": False, **fields["data"]}
         # Nor had wires blocks, and nothing emulated them.
         compute = {"wire_block": 128, "emulate_wires": False, **fields["compute"]}
         return _typed(
@@ -55,7 +56,7 @@ def from_json(fields: dict[str, Any]) -> Config:
                 model=_typed(Architecture(**model)),
                 compute=_typed(Compute(**compute)),
                 mesh=_typed(MeshConfig(**fields["mesh"])),
-                data=_typed(DataConfig(**fields["data"])),
+                data=_typed(DataConfig(**data)),
                 optimizer=_typed(OptimizerConfig(**fields["optimizer"])),
                 train=_typed(TrainConfig(**train)),
             )

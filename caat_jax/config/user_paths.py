@@ -15,8 +15,11 @@ def expanded(name: str, path: str) -> Path:
       path: as given.
 
     Raises:
-      InputError: there is no such user, a character is not allowed in paths, or it is a URL.
+      InputError: it is empty, there is no such user, a character is not allowed in paths, or it is
+        a URL.
     """
+    if not path:
+        raise InputError(f"{name} is empty; give a path")
     refuse_url(name, path)
     try:
         os.fsencode(path)

@@ -26,9 +26,6 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 # What to do where a run's batches have changed.
 _REMEDIES = {
-    "tokens": "; the text of a run stays the same: bring back the files of data.files, the"
-    " data.tokenizer and the rules for held-out documents that it began with, or give another"
-    " --workdir",
     "global_batch": "; the batch of a run stays the same (train.accumulation_steps makes it fit"
     " into less memory): give back the old train.global_batch, or another --workdir",
 }

@@ -109,7 +109,11 @@ def stored_data(data: DataConfig, cache_dir: str | None) -> tuple[DataConfig, bo
 
 
 def open_cache(
-    data: DataConfig, tokenizer: Tokenizer, prepare: bool = True, for_training: bool = True
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    prepare: bool = True,
+    for_training: bool = True,
+    begun_with: str | None = None,
 ) -> TokenCache:
     """The configured corpus in tokens; tokenises it first, or resumes where that was stopped.
 
@@ -120,20 +124,28 @@ def open_cache(
       tokenizer: the one that it names.
       prepare: whether what is missing may be written to `data.cache_dir`.
       for_training: whether there must be a sequence to train on.
+      begun_with: the fingerprint of what a run that resumes has read, if any.
 
     Raises:
-      InputError: the corpus cannot serve, is too short for one sequence, or is not prepared.
+      InputError: the corpus cannot serve, is too short for one sequence, is not prepared, or is
+        another than `begun_with`, which is found before anything is tokenised.
     """
     corpus = corpora.open_corpus(data, prepare)
     # T is no part of the key: the files hold no sequences yet.
     fingerprint = cache_folder.key_of(_FORMAT, corpus.fingerprint, tokenizer.fingerprint)
+    if begun_with not in (None, fingerprint):
+        raise InputError(
+            f"the text is no longer that with which the run began; it is {data.describe()}. Bring"
+            " back the files, the tokeniser and the rules for held-out documents (data.eval_split,"
+            " data.holdout_every) of then, or give another --workdir"
+        )
     folder = user_paths.expanded("data.cache_dir", data.cache_dir) / "tokens" / fingerprint
     if not _unchanged(folder, tokenizer, prepare):
         if not prepare:
             raise cache_folder.not_prepared(folder)
         with cache_folder.locked(folder):
             if not _unchanged(folder, tokenizer, prepare):
-                _build(folder, corpus, tokenizer)
+                _build(folder, corpus, tokenizer, data.describe())
     length, manifest = data.sequence_length, _read_manifest(folder)
     train, validation = (
         TokenSequences(
@@ -155,7 +167,7 @@ def open_cache(
     return TokenCache(train, validation)
 
 
-def _build(folder: Path, corpus: corpora.Corpus, tokenizer: Tokenizer) -> None:
+def _build(folder: Path, corpus: corpora.Corpus, tokenizer: Tokenizer, text: str) -> None:
     manifest = _read_manifest(folder, warn=True)
     for split in _SPLITS:
         done = manifest[split]
@@ -166,6 +178,7 @@ def _build(folder: Path, corpus: corpora.Corpus, tokenizer: Tokenizer) -> None:
             manifest["finished"] = False
     if not manifest["finished"]:
         documents = {split: corpus.documents(split) for split in _SPLITS}
+        print(f"tokenising {text}", file=sys.stderr)
         for split in _SPLITS:
             _tokenize(folder, split, documents[split], tokenizer, manifest)
         counts = ", ".join(

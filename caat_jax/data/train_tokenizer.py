@@ -43,6 +43,7 @@ def train(data: DataConfig, vocab_size: int, output: str) -> int:
         raise InputError(f"output={output} must end in .json, as data.tokenizer will require")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"output={output} cannot be written")
+    data.check_own_text(names_tokenizer=False)
     documents = corpora.open_corpus(data).documents("train")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

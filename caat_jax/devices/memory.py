@@ -5,6 +5,7 @@ is less than any training step takes; a model that passes may still be too large
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -20,17 +21,18 @@ from caat_jax.errors import InputError
 _FLOAT32_BYTES = _INT32_BYTES = 4
 
 
-def check_training(config: Config, mesh: Mesh) -> None:
+def check_training(config: Config, mesh: Mesh, attention: str) -> None:
     """Compares what a device must hold with what it has.
 
     Args:
       config: with its vocabulary.
       mesh: the one to train on.
+      attention: the kernel, as `caat_jax.model.attention.choose` names it.
 
     Raises:
-      InputError: naming what takes the memory.
+      InputError: naming what takes the memory, and what of it can be changed.
     """
-    needed, available = least_training_bytes(config, mesh), _available_bytes(mesh)
+    needed, available = least_training_bytes(config, mesh, attention), _available_bytes(mesh)
     if needed > available:
         model, train = config.model, config.train
         raise InputError(
@@ -38,8 +40,32 @@ def check_training(config: Config, mesh: Mesh) -> None:
             f" devices, which have {available / 1e9:,.1f} GB: the model has"
             f" {parameter_count(model):,} parameters, train.global_batch={train.global_batch}"
             f" sequences have data.sequence_length={config.data.sequence_length} tokens, in"
-            f" train.accumulation_steps={train.accumulation_steps} parts"
+            f" train.accumulation_steps={train.accumulation_steps} parts;"
+            f" {_remedy(config, mesh, attention, available)}"
         )
+
+
+def _remedy(config: Config, mesh: Mesh, attention: str, available: float) -> str:
+    """The first of some changes that leave the function as it is and make a step fit, or may."""
+    train, compute = config.train, config.compute
+    most = train.global_batch // sharding.batch_parts(mesh)
+    parts = [train.accumulation_steps]
+    while most % (2 * parts[-1]) == 0:
+        parts.append(2 * parts[-1])
+    for remat in (compute.remat, True):
+        for accumulation_steps in parts:
+            changed = dataclasses.replace(
+                config,
+                compute=dataclasses.replace(compute, remat=remat),
+                train=dataclasses.replace(train, accumulation_steps=accumulation_steps),
+            )
+            if least_training_bytes(changed, mesh, attention) < available / 2:
+                flags = f"--config.train.accumulation_steps={accumulation_steps}"
+                return f"try {flags}" + " --config.compute.remat=True" * remat
+    return (
+        "try more devices, over which mesh.model and mesh.fsdp divide the parameters, a smaller"
+        " model or shorter sequences"
+    )
 
 
 def parameter_count(model: Architecture) -> int:
@@ -50,7 +76,7 @@ def parameter_count(model: Architecture) -> int:
     return model.layers * layer + model.embed_dim * (tables * model.vocab_size + 1)
 
 
-def least_training_bytes(config: Config, mesh: Mesh) -> int:
+def least_training_bytes(config: Config, mesh: Mesh, attention: str) -> int:
     """Of one device: the state, the batch, and what is largest of the rest."""
     train, length = config.train, config.data.sequence_length
     parts = sharding.batch_parts(mesh)
@@ -59,8 +85,35 @@ def least_training_bytes(config: Config, mesh: Mesh) -> int:
     parameters = _FLOAT32_BYTES * parameter_count(config.model) // split
     logits = _FLOAT32_BYTES * train.global_batch * length * config.model.vocab_size
     logits //= train.accumulation_steps * mesh.size
-    # Parameters and AdamW's two moments; the gradient is whole when there are no logits any more.
-    return 3 * parameters + batch + max(parameters, logits)
+    tokens = train.global_batch * length // (parts * train.accumulation_steps)
+    saved = tokens * _saved_bytes(config, mesh.shape["model"], attention)
+    # Parameters and AdamW's two moments; the gradient is whole when the rest is no longer there.
+    return 3 * parameters + batch + max(parameters, logits + saved)
+
+
+def _saved_bytes(config: Config, model_size: int, attention: str) -> int:
+    """What the layers leave of a token for the backward pass, on one device."""
+    model, itemsize = config.model, 2 if config.compute.dtype == "bfloat16" else 4
+    heads = 2 * (model.heads + model.kv_heads) * model.head_dim  # queries, keys, values, attended
+    within = itemsize * (heads + 2 * model.mlp_dim) // model_size
+    if attention == "plain":  # half of the scores are computed
+        scores = model.heads * config.data.sequence_length // 2
+        within += _FLOAT32_BYTES * scores // model_size
+    local_shards, shared, total, layer = model.tp_shards // model_size, model.embed_dim, 0, 0
+    for factors in model.sync_factors:
+        layer = 0 if config.compute.remat else within
+        for factor in factors:
+            width = int(model.embed_dim * factor)
+            shared = min(shared, width)
+            stream = shared + local_shards * (model.embed_dim - shared)
+            if config.compute.remat:
+                layer += itemsize * width  # the reduced channels, not to be sent again
+            else:
+                layer += itemsize * stream
+        if config.compute.remat:
+            layer += itemsize * stream
+        total += layer
+    return total + within * config.compute.remat
 
 
 def _available_bytes(mesh: Mesh) -> float:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from caat_jax import files
+from caat_jax import activity, files
 from caat_jax.checkpoints.trained import restore_model, tokenizer_of
 from caat_jax.config.sections import Config
 from caat_jax.data.token_cache import open_cache, stored_data
@@ -73,7 +73,8 @@ def evaluate_checkpoint(
     sequences = open_cache(data, tokenizer, prepare, for_training=False).validation
     model = restore_model(workdir, step, config)
     programs = Programs(model.config, model.mesh)
-    loss_sum, count = summed_loss(programs, model.parameters, sequences, limit=-1)
+    with activity.shown(f"evaluating {len(sequences):,} sequences"):
+        loss_sum, count = summed_loss(programs, model.parameters, sequences, limit=-1)
     return Validation(loss_sum, count, sequences.text_bytes)
 
 

@@ -26,7 +26,7 @@ import jax
 import tqdm
 from absl import flags
 
-from caat_jax import command_line, files
+from caat_jax import activity, command_line, files
 from caat_jax.config import user_paths
 from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices.processes import StopRequest
@@ -162,7 +162,9 @@ def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
     with (
         StopRequest() as stop_request,
         contextlib.ExitStack() as stack,
-        tqdm.tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None) as bar,
+        tqdm.tqdm(
+            total=steps, bar_format=activity.BAR_FORMAT, dynamic_ncols=True, disable=None
+        ) as bar,
     ):
         stack.callback(_stop, running)
         while waiting or running:

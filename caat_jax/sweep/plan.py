@@ -69,7 +69,7 @@ def resolve(sweep: ConfigDict) -> Plan:
     if set(sweep) != {"run", "grid", "compared"}:
         raise InputError(
             f"--config has {', '.join(sorted(sweep)) or 'nothing'}; a sweep has compared, grid and"
-            " run (configs/sweep.py explains)"
+            " run, as configs/sweep.py does; train.py takes the configuration of one run"
         )
     grid = dict(leaves(sweep.grid))
     check_field_names(list(grid), sweep.run)

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import tqdm
 from jax.sharding import Mesh
 
+from caat_jax import activity
 from caat_jax.checkpoints import workdir as workdir_lib
 from caat_jax.checkpoints.checkpoints import Checkpoints, stored_config
 from caat_jax.config.resolve import resolve_mesh
@@ -21,6 +22,7 @@ from caat_jax.devices import memory, processes, sharding
 from caat_jax.devices.dispatch import one_program_at_a_time
 from caat_jax.devices.processes import StopRequest
 from caat_jax.errors import Diverged, Interrupted
+from caat_jax.model import attention
 from caat_jax.training.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
 from caat_jax.training.optimizer import learning_rate
 from caat_jax.training.step import Programs, TrainState
@@ -41,13 +43,15 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
       Diverged: more than `train.skipped_updates_allowed` updates in a row were skipped.
       Interrupted: by SIGTERM or Ctrl-C, after a checkpoint; or another process is gone.
     """
+    config.data.check_own_text()
     workdir_lib.check_writable(workdir)
     tokenizer = carried_tokenizer.load_for_training(config.data.tokenizer, workdir)
     # Before devices are asked for, which waits for all processes.
     processes.check_same({f"the tokeniser {config.data.tokenizer}": tokenizer.fingerprint})
     config = config.with_vocabulary(tokenizer.size)
     mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
-    memory.check_training(config, mesh)
+    attention_kernel = attention.choose(config.model, config.compute, mesh.devices.flat[0].platform)
+    memory.check_training(config, mesh, attention_kernel)
     # Of any stage of the schedule: states have the same layout in all.
     programs = Programs(config, mesh)
     to_keep = config.train.checkpoints_to_keep
@@ -55,7 +59,8 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         newest = checkpoints.resume_step()
         if newest is not None:
             checkpoints.check_architecture(newest, config.at_step(newest))
-        cache = open_cache(config.data, tokenizer)
+        begun_with = None if newest is None else checkpoints.batches_state(newest).get("tokens")
+        cache = open_cache(config.data, tokenizer, begun_with=begun_with)
         processes.check_same(
             {
                 "the corpus in tokens": cache.train.fingerprint,
@@ -72,7 +77,8 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
         if newest is None:
             state = programs.initial_state()
         else:
-            state, data_state = checkpoints.restore(newest, programs.state_shapes)
+            with activity.shown(f"restoring step {newest}"):
+                state, data_state = checkpoints.restore(newest, programs.state_shapes)
             batches.set_state(data_state)
             _report_another_decay(stored_config(checkpoints.folder, newest), config, newest)
         if processes.is_first():
@@ -118,7 +124,7 @@ def _loop(
     """
     train = config.train
     programs = Programs(config.at_step(done + 1), mesh)
-    train_step = programs.compile_train_step()
+    train_step = _compiled(programs)
     # CPU processes wait 30 seconds for each other's connections, and may compile for longer.
     processes.check_same({"the step to resume from": done})
     with StopRequest() as stop_request, _Log(config, writer, done) as log:
@@ -126,7 +132,7 @@ def _loop(
             if programs.config != config.at_step(step):  # a stage of the schedule is over
                 with log.pause(step - 1):
                     programs = Programs(config.at_step(step), mesh)
-                    train_step = programs.compile_train_step()
+                    train_step = _compiled(programs)
             batch = next(batches)
             profiled = step == train.profile_step and writer is not None
             with _profiled(writer.workdir if profiled else None), jax.transfer_guard("disallow"):
@@ -142,16 +148,23 @@ def _loop(
             if evaluate or save:
                 with log.pause(step):
                     if evaluate:
-                        loss = validation_loss(programs, state.parameters, validation)
+                        with activity.shown("evaluating"):
+                            loss = validation_loss(programs, state.parameters, validation)
                         log.evaluation(step, loss)
                     if save:
                         if writer:
                             writer.synchronise()
                         checkpoints.save(state, step, programs.config, batches.get_state())
             if stop:
-                checkpoints.wait()
+                with activity.shown("saving"):
+                    checkpoints.wait()
                 raise Interrupted(f"stopped after step {step}, saved; the same command resumes")
     return loss
+
+
+def _compiled(programs: Programs) -> Callable[..., Any]:
+    with activity.shown("compiling the training step"):
+        return programs.compile_train_step()
 
 
 def _metrics_writer(
@@ -164,7 +177,7 @@ def _metrics_writer(
 
 
 def _description(programs: Programs, done: int) -> str:
-    """One line for people: what is trained, on what, and after which step."""
+    """For people: what is trained, on what, and after which step; the text comes first."""
     config, mesh = programs.config, programs.mesh
     devices = mesh.devices.ravel()
     stages = [
@@ -173,12 +186,13 @@ def _description(programs: Programs, done: int) -> str:
         if stage.until > done
     ]
     return (
+        f"training on {config.data.describe()}\n"
         f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={config.model.tp_shards},"
-        f" p={''.join(stages)}{config.model.describe_sync_factors()};"
-        f" {len(devices)} {devices[0].device_kind} devices of {jax.process_count()} processes,"
+        f" p={''.join(stages)}{config.model.describe_sync_factors()}\n"
+        f"{len(devices)} {devices[0].device_kind} devices of {jax.process_count()} processes,"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
-        f" {programs.blueprint.attention} attention;"
-        f" {f'going on after step {done}; ' if done else ''}compiling the training step"
+        f" {programs.blueprint.attention} attention\n"
+        f"{f'going on after step {done}; ' if done else ''}compiling the training step"
     )
 
 
@@ -205,8 +219,7 @@ class _Log:
         self._bar = tqdm.tqdm(
             total=config.train.steps,
             initial=done,
-            desc="training",
-            unit="step",
+            bar_format=activity.BAR_FORMAT,
             dynamic_ncols=True,
             # No bar where the output is no terminal.
             disable=None if writer else True,
@@ -268,7 +281,7 @@ class _Log:
         metrics |= self._throughput.measure(step)
         self._writer.write(step, metrics)
         self._bar.set_postfix_str(
-            f"loss {metrics['train/loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+            f"loss {metrics['train/loss']:.3f}, {metrics['tokens_per_second']:,.0f} tok/s"
         )
 
 

@@ -128,7 +128,7 @@ def test_state_of_other_batches_is_refused(sequences):
     with pytest.raises(InputError, match="seed was 3 and is now 4"):
         _train(sequences, seed=4).set_state(state)
     sequences.fingerprint = "other text"
-    with pytest.raises(InputError, match=r"is now other text; .* data\.files"):
+    with pytest.raises(InputError, match="tokens was test and is now other text"):
         _train(sequences).set_state(state)
 
 

@@ -192,6 +192,16 @@ with cache_folder.locked(Path({folder!r})):
 """
 
 
+def test_other_text_than_a_run_began_with_is_not_tokenised(data_config, texts, tmp_path):
+    begun_with = token_cache.open_cache(data_config(), BYTES).train.fingerprint
+    again = token_cache.open_cache(data_config(), BYTES, begun_with=begun_with)
+    assert again.train.fingerprint == begun_with
+    (tmp_path / "texts/00.txt").write_text("another text")
+    with pytest.raises(InputError, match=r"no longer that with which the run began; .*txt"):
+        token_cache.open_cache(data_config(), BYTES, begun_with=begun_with)
+    assert [path.name for path in (tmp_path / "cache/tokens").iterdir()] == [begun_with]
+
+
 def test_too_little_text(data_config, texts):
     tokens = len(_stream(corpora.open_corpus(data_config()).documents("train")))
     with pytest.raises(InputError) as caught:

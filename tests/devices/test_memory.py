@@ -1,5 +1,6 @@
 """What a training step takes at least, against what the compiled one takes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_step_takes_no_less(fields, sizes):
     assert memory.parameter_count(config.model) == programs.blueprint.size
     compiled = programs.compile_train_step().memory_analysis()
     taken = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
-    least = memory.least_training_bytes(config, programs.mesh)
+    least = memory.least_training_bytes(config, programs.mesh, "plain")
     assert taken / 4 < least <= taken
 
 
@@ -43,7 +44,31 @@ def test_a_step_takes_no_less(fields, sizes):
 def test_more_than_there_is(fields):
     mesh = models.programs(models.small_config()).mesh
     with pytest.raises(InputError, match=r"at least [\d,.]+ GB on each of 1 devices"):
-        memory.check_training(models.small_config(**fields), mesh)
+        memory.check_training(models.small_config(**fields), mesh, "plain")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "remedy"),
+    [
+        (12, "parts; try --config.train.accumulation_steps=4"),
+        (3, "parts; try --config.train.accumulation_steps=8 --config.compute.remat=True"),
+        (1, "a smaller model or shorter sequences"),
+    ],
+)
+def test_what_would_fit_is_named(monkeypatch, gigabytes, remedy):
+    """The paper's 130M model; by hand, its scores alone are 12 x 16 x 16 x 1024^2 / 2 float32."""
+    config = models.small_config(
+        model=dict(layers=12, embed_dim=768, head_dim=48, kv_heads=16, mlp_dim=2048),
+        global_batch=16,
+    )
+    data = dataclasses.replace(config.data, sequence_length=1024)
+    config = dataclasses.replace(config, data=data)
+    mesh = models.programs(models.small_config()).mesh
+    assert memory.least_training_bytes(config, mesh, "plain") > 12 * 16 * 16 * 2**20 / 2 * 4
+    monkeypatch.setattr(memory, "_available_bytes", lambda mesh: gigabytes * 1e9)
+    with pytest.raises(InputError) as error:
+        memory.check_training(config, mesh, "plain")
+    assert str(error.value).endswith(remedy)
 
 
 @pytest.mark.parametrize(
