@@ -132,7 +132,10 @@ def _parse(
         check_field_names(_given_fields(argv), fields())
         files = [argument for argument in argv[1:] if re.match(r"--?config(=.*)?$", argument)]
         if flags.FLAGS["config"].default is None and not files:
-            raise InputError("--config is missing; give a file, such as --config=configs/tiny.py")
+            example = "sweep" if "grid" in fields() else "tiny"
+            raise InputError(
+                f"--config is missing; give a file, such as --config=configs/{example}.py"
+            )
         if len(files) > 1:
             raise InputError(f"{' and '.join(files)} are both given; give one")
     try:

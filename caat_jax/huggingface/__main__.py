@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     command, source, destination = arguments
     for flag in _OTHERS_FLAGS[command]:
         if flag.present:
-            raise InputError(f"--{flag.name} is not a flag of {command}")
+            raise InputError(f"--{flag.name} is not a flag of {command}; --help says more")
     run = _import if command == "import" else _export
     run(user_paths.expanded(command, source), user_paths.expanded(command, destination))
 
