@@ -36,4 +36,11 @@ def get_config():
     # Differences and their confidence intervals over the seeds are relative to this field's first
     # value, with all other fields equal.
     config.compared = "model.sync_factor"
+    # Above 0: nats a token that a setting may lose; each then gets a verdict
+    # (caat_jax/sweep/protocol.py), and what is asked is written down before the first run.
+    config.margin = 0.0
+    # How often the results of a study with a margin are looked at, evenly over the seeds.
+    config.looks = 1
+    # A run's loss is the mean of its last so many evaluations.
+    config.late_evaluations = 1
     return config

@@ -6,6 +6,10 @@ Every run is a process of its own in DIR/runs/NAME, laid out as by `train.py`; t
 resumes what was stopped.  At the end it writes DIR/results.csv (a row for each run),
 DIR/summary.csv (a row for each setting) and a picture.  On a cluster, separate jobs do one run each
 with --only=NAME (--list prints the names); the command without --only then writes the results.
+
+With a margin it is a study: DIR/plan.json says what will be asked before the first run is, and the
+results are written at each of the planned looks.  A setting that a look has decided is not trained
+further.
 """
 
 from caat_jax import interrupts
@@ -19,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,7 @@ from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices.processes import StopRequest
 from caat_jax.errors import InputError, Interrupted
 from caat_jax.sweep import plan as sweep_plan
-from caat_jax.sweep import report
+from caat_jax.sweep import registration, report
 from caat_jax.sweep.plan import Plan, Run
 from caat_jax.sweep.report import RESULT_FILE, run_folder
 from caat_jax.training import loop
@@ -58,18 +63,23 @@ def main(plan: Plan) -> None:
     if _LIST.value:
         print("\n".join(run.name for run in plan.runs))
         return
-    if _ONLY.value is not None:
-        _train(_run_named(plan, _ONLY.value), workdir)
-        return
-    for run in plan.runs:
+    runs = plan.runs if _ONLY.value is None else [_run_named(plan, _ONLY.value)]
+    for run in runs:
         _check_same_configuration(run, workdir)
-    failed = _train_all(plan, workdir, _JOBS.value)
-    if failed:
-        raise InputError(
-            f"{len(failed)} of {len(plan.runs)} runs failed: "
-            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-        )
-    print(report.write(plan, workdir))
+    registration.register(plan, workdir)
+    if _ONLY.value is not None:
+        _train(runs[0], workdir)
+        return
+    for pairs in plan.looks:
+        runs = report.undecided_runs(plan, pairs, workdir)
+        failed = _train_all(runs, workdir, _JOBS.value)
+        if failed:
+            raise InputError(
+                f"{len(failed)} of {len(runs)} runs failed: "
+                + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            )
+        table = report.write(plan, workdir)
+    print(table)
 
 
 def _run_named(plan: Plan, name: str) -> Run:
@@ -96,15 +106,15 @@ def _check_same_configuration(run: Run, workdir: Path) -> None:
 
 def _train(run: Run, workdir: Path) -> None:
     """Does one run in this process, or resumes it."""
-    _check_same_configuration(run, workdir)
     folder = run_folder(workdir, run)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / _CONFIG_FILE, to_json(run.config))
     command_line.simulate_devices(run.config.mesh)
     # Seeds share their compiled programs.
     jax.config.update("jax_compilation_cache_dir", str(workdir / _COMPILED_FOLDER))
-    _, loss = loop.train(run.config, folder)
-    _write_json(folder / RESULT_FILE, report.result(run.config, loss))
+    loop.train(run.config, folder)
+    _, losses = read_metrics(folder / METRICS_FILE)["eval/loss"]
+    _write_json(folder / RESULT_FILE, report.result(run.config, losses.tolist()))
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -152,10 +162,10 @@ def _stop(jobs: list[_Job]) -> None:
         job.wait()
 
 
-def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
+def _train_all(runs: Sequence[Run], workdir: Path, jobs: int) -> dict[str, str]:
     """Does the unfinished runs; returns the last line of each that failed, by name."""
-    steps = sum(run.config.train.steps for run in plan.runs)
-    waiting = [run for run in plan.runs if not (run_folder(workdir, run) / RESULT_FILE).exists()]
+    steps = sum(run.config.train.steps for run in runs)
+    waiting = [run for run in runs if not (run_folder(workdir, run) / RESULT_FILE).exists()]
     running: list[_Job] = []
     failed = {}
     free = _processor_shares(jobs)
@@ -176,10 +186,10 @@ def _train_all(plan: Plan, workdir: Path, jobs: int) -> dict[str, str]:
                 free.append(job.processors)
                 if (reason := job.failure()) is not None:
                     failed[job.name] = reason
-            done = sum(_steps_done(run_folder(workdir, run)) for run in plan.runs)
+            done = sum(_steps_done(run_folder(workdir, run)) for run in runs)
             bar.update(done - bar.n)
             bar.set_postfix_str(
-                f"{len(plan.runs) - len(waiting) - len(running)} runs of {len(plan.runs)} done"
+                f"{len(runs) - len(waiting) - len(running)} runs of {len(runs)} done"
             )
             if stop_request.reached():
                 raise Interrupted("stopped; the same command resumes")

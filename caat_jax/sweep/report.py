@@ -1,9 +1,9 @@
 """A sweep's results: results.csv, summary.csv, a table for people, and a picture.
 
-`results.csv` has a row for each run, the grid's fields first; the rest is computed from it and from
-the runs' metrics.
+`results.csv` has a row for each run, the grid's fields first; all the rest is computed from it.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -25,8 +25,10 @@ from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import sharding
 from caat_jax.figures import COLOURS
+from caat_jax.sweep import protocol
 from caat_jax.sweep.plan import Plan, Run
-from caat_jax.training.metrics import METRICS_FILE, json_number, read_metrics
+from caat_jax.sweep.protocol import Verdict
+from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Result(NamedTuple):
     seed: int
     tokens: int  # trained on
     wire_bytes: int  # that one of S devices sent over `model` in the whole run
-    loss: float  # of validation, after the last step, nats a token
+    losses: tuple[float, ...]  # of every evaluation, nats a token
 
 
 class Summary(NamedTuple):
@@ -61,8 +63,11 @@ class Summary(NamedTuple):
     wire_bytes: int
     loss: float  # mean
     spread: float  # standard deviation over the seeds; nan for one
-    difference: float  # mean over the seeds of this loss minus the baseline's of the same seed
-    margin: float  # half of the difference's confidence interval; nan for one seed
+    difference: float  # mean over the pairs of this loss minus the baseline's of the same seed
+    lower: float  # bounds of the difference: of the verdict, otherwise those of the interval with
+    upper: float  # `CONFIDENCE`; nan for one seed
+    equal_loss_steps: float  # `protocol.equal_loss_steps`
+    verdict: Verdict | None  # None without a margin, before the first look, and of a baseline
 
 
 def run_folder(workdir: Path, run: Run) -> Path:
@@ -70,11 +75,11 @@ def run_folder(workdir: Path, run: Run) -> Path:
     return workdir / RUNS_FOLDER / run.name
 
 
-def result(config: Config, loss: float) -> dict[str, Any]:
+def result(config: Config, losses: Sequence[float]) -> dict[str, Any]:
     """What `result.json` of a finished run holds."""
     train = config.train
     return {
-        "loss": json_number(loss),
+        "losses": [json_number(loss) for loss in losses],
         "tokens": train.steps * train.global_batch * config.data.sequence_length,
         "wire_bytes": wire_bytes(config, train.steps),
     }
@@ -110,53 +115,137 @@ def _step_wire_bytes(config: Config) -> float:
     return traced_programs.count(programs.trace_train_step().jaxpr).wire_bytes
 
 
+def read(plan: Plan, workdir: Path) -> list[Result]:
+    """Of the runs that are done."""
+    results = []
+    for run in plan.runs:
+        with contextlib.suppress(FileNotFoundError):
+            found = files.read_json(run_folder(workdir, run) / RESULT_FILE, dict)
+            losses = tuple(map(float, found["losses"]))
+            numbers = (found["tokens"], found["wire_bytes"])
+            results.append(Result(run.setting, run.seed, *numbers, losses))
+    return results
+
+
 def write(plan: Plan, workdir: Path) -> str:
-    """Writes every file of the results; returns the table for people."""
-    results = [_read(run, workdir) for run in plan.runs]
-    _write_csv(workdir / RESULTS_FILE, [*plan.fields, *Result._fields[1:]], results)
+    """Writes every file of the results of the runs that are done; returns the table for people."""
+    results = read(plan, workdir)
+    rows = [(*r[1:-1], " ".join(f"{loss:.6f}" for loss in r.losses)) for r in results]
+    _write_csv(workdir / RESULTS_FILE, plan, Result, results, rows)
     summaries = summarise(plan, results)
-    _write_csv(workdir / SUMMARY_FILE, [*plan.fields, *Summary._fields[1:]], summaries)
+    rows = [(*s[1:-1], s.verdict and s.verdict.word) for s in summaries]
+    _write_csv(workdir / SUMMARY_FILE, plan, Summary, summaries, rows)
     _plot(plan, summaries, results, workdir)
     return table(plan, summaries)
+
+
+def undecided_runs(plan: Plan, pairs: int, workdir: Path) -> list[Run]:
+    """Of the first so many seeds, the runs of settings that no look has decided, and baselines."""
+    found = verdicts(plan, read(plan, workdir)) if plan.margin else {}
+    decided = {
+        setting
+        for setting, verdict in found.items()
+        if verdict and verdict.word != protocol.UNDECIDED
+    }
+    settings = {run.setting for run in plan.runs} - decided
+    settings = {s for s in settings if s != plan.baseline_of(s)}
+    wanted = settings | {plan.baseline_of(s) for s in settings}
+    seeds = plan.seeds[:pairs]
+    return [run for run in plan.runs if run.setting in wanted and run.seed in seeds]
+
+
+def verdicts(plan: Plan, results: Sequence[Result]) -> dict[tuple[Any, ...], Verdict | None]:
+    """That of every setting with results but the baselines."""
+    by_setting = _by_setting(results)
+    return {
+        setting: protocol.judge(_differences(plan, by_setting, setting), plan.margin, plan.looks)
+        for setting in by_setting
+        if setting != plan.baseline_of(setting)
+    }
 
 
 def summarise(plan: Plan, results: Sequence[Result]) -> list[Summary]:
     """Means over the seeds of every setting, and what it costs against the baseline.
 
     Differences are taken seed by seed: two runs with one seed have the same initial parameters and
-    the same batches, so that most of the seed's effect cancels.  The interval is Student's, with
-    `CONFIDENCE`.
+    the same batches, so that most of the seed's effect cancels.
     """
-    by_setting: dict[tuple, dict[int, Result]] = {}
-    for found in results:
-        by_setting.setdefault(found.setting, {})[found.seed] = found
-    place = plan.fields.index(plan.compared)
+    by_setting = _by_setting(results)
+    found = verdicts(plan, results) if plan.margin else {}
     summaries = []
     for setting, of_seed in by_setting.items():
-        baseline = by_setting[(*setting[:place], plan.baseline, *setting[place + 1 :])]
-        losses = [r.loss for r in of_seed.values()]
-        differences = [r.loss - baseline[seed].loss for seed, r in of_seed.items()]
-        n, some = len(losses), next(iter(of_seed.values()))
-        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+        baseline = by_setting.get(plan.baseline_of(setting), {})
+        losses = [_loss(plan, r) for r in of_seed.values()]
+        some, verdict = next(iter(of_seed.values())), found.get(setting)
+        if verdict:
+            difference, lower, upper = verdict.difference, verdict.lower, verdict.upper
+        else:
+            difference, lower, upper = _interval(_differences(plan, by_setting, setting))
         summaries.append(
             Summary(
                 setting=setting,
-                seeds=n,
+                seeds=len(losses),
                 tokens=some.tokens,
                 wire_bytes=some.wire_bytes,
                 loss=statistics.fmean(losses),
                 spread=_deviation(losses),
-                difference=statistics.fmean(differences),
-                margin=float(quantile) * _deviation(differences) / math.sqrt(n),
+                difference=difference,
+                lower=lower,
+                upper=upper,
+                equal_loss_steps=_equal_loss_steps(plan, of_seed, baseline),
+                verdict=verdict,
             )
         )
     return summaries
+
+
+def evaluated_steps(config: Config) -> list[int]:
+    """After which steps of a run its validation loss is measured."""
+    train = config.train
+    return [*range(train.eval_every, train.steps, train.eval_every), train.steps]
+
+
+def _by_setting(results: Sequence[Result]) -> dict[tuple[Any, ...], dict[int, Result]]:
+    by_setting: dict[tuple, dict[int, Result]] = {}
+    for found in results:
+        by_setting.setdefault(found.setting, {})[found.seed] = found
+    return by_setting
+
+
+def _differences(
+    plan: Plan, by_setting: dict[tuple[Any, ...], dict[int, Result]], setting: tuple[Any, ...]
+) -> list[float]:
+    """Of the first pairs planned, to the first that is not done."""
+    pairs = (by_setting[setting], by_setting.get(plan.baseline_of(setting), {}))
+    done = itertools.takewhile(lambda seed: all(seed in runs for runs in pairs), plan.seeds)
+    return [_loss(plan, pairs[0][seed]) - _loss(plan, pairs[1][seed]) for seed in done]
+
+
+def _equal_loss_steps(plan: Plan, runs: dict[int, Result], baseline: dict[int, Result]) -> float:
+    """From the mean curves of the seeds that both have."""
+    seeds = runs.keys() & baseline.keys()
+    curves = [np.mean([of[seed].losses for seed in seeds], axis=0) for of in (runs, baseline)]
+    config = next(run.config for run in plan.runs if run.setting == runs[min(seeds)].setting)
+    return protocol.equal_loss_steps(evaluated_steps(config), *curves)
+
+
+def _loss(plan: Plan, found: Result) -> float:
+    return statistics.fmean(found.losses[-plan.late_evaluations :])
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and the ends of Student's interval."""
+    n, mean = len(differences), statistics.fmean(differences)
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    reach = quantile * _deviation(differences) / math.sqrt(n)
+    return mean, mean - reach, mean + reach
 
 
 def table(plan: Plan, summaries: Sequence[Summary]) -> str:
     """A Markdown table of the settings."""
     heads = [_short(field) for field in plan.fields]
     heads += ["runs", "MB sent", "loss", "spread", f"minus {_short(plan.compared)}={plan.baseline}"]
+    heads += ["verdict", "pairs", "steps for equal loss"] if plan.margin else []
     rows = [
         (
             *(str(value) for value in s.setting),
@@ -164,7 +253,7 @@ def table(plan: Plan, summaries: Sequence[Summary]) -> str:
             f"{s.wire_bytes / 1e6:,.0f}",
             f"{s.loss:.4f}",
             f"{s.spread:.4f}" if s.seeds > 1 else "",
-            _difference(plan, s),
+            *_comparison(plan, s),
         )
         for s in summaries
     ]
@@ -177,11 +266,23 @@ def table(plan: Plan, summaries: Sequence[Summary]) -> str:
     return "\n".join([line(heads), ruler, *map(line, rows)])
 
 
-def _difference(plan: Plan, summary: Summary) -> str:
-    if summary.setting[plan.fields.index(plan.compared)] == plan.baseline:
-        return ""
-    margin = f" ± {summary.margin:.4f}" if summary.seeds > 1 else ""
-    return f"{summary.difference:+.4f}{margin}"
+def _comparison(plan: Plan, summary: Summary) -> list[str]:
+    """The cells of a row that compare it with its baseline."""
+    verdict = summary.verdict
+    if summary.setting == plan.baseline_of(summary.setting):
+        return [""] * (4 if plan.margin else 1)
+    difference = f"{summary.difference:+.4f}"
+    if math.isfinite(summary.lower):
+        difference += f" ({summary.lower:+.4f} to {summary.upper:+.4f})"
+    if not plan.margin:
+        return [difference]
+    if verdict is None:
+        return [difference, "no look yet", "", ""]
+    word = verdict.word
+    if word == protocol.UNDECIDED:
+        needed = verdict.pairs_needed
+        word += f": {needed} more pairs" if needed else ": over 1,000 pairs"
+    return [difference, word, str(verdict.pairs), f"{summary.equal_loss_steps:.2f}"]
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -192,17 +293,18 @@ def _short(field: str) -> str:
     return field.split(".")[-1]
 
 
-def _read(run: Run, workdir: Path) -> Result:
-    found = files.read_json(run_folder(workdir, run) / RESULT_FILE, dict)
-    loss = float(found["loss"])
-    return Result(run.setting, run.seed, found["tokens"], found["wire_bytes"], loss)
-
-
-def _write_csv(path: Path, heads: Sequence[str], rows: Sequence[Result | Summary]) -> None:
+def _write_csv(
+    path: Path,
+    plan: Plan,
+    columns: type[Result] | type[Summary],
+    rows: Sequence[Result] | Sequence[Summary],
+    cells: Sequence[Sequence[Any]],
+) -> None:
+    """A line for each row: its setting, and these cells of the other columns."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(heads)
-    writer.writerows([*row.setting, *row[1:]] for row in rows)
+    writer.writerow([*plan.fields, *columns._fields[1:]])
+    writer.writerows([*r.setting, *c] for r, c in zip(rows, cells, strict=True))
     files.write(path, text.getvalue())
 
 
@@ -220,8 +322,9 @@ def _plot(
     values = list(dict.fromkeys(s.setting[place] for s in summaries))
     others = list(dict.fromkeys(_others(plan, s.setting) for s in summaries))
     for summary in summaries:
-        runs = [run for run in plan.runs if run.setting == summary.setting]
-        steps, losses = _mean_curve(runs, workdir)
+        config = next(run.config for run in plan.runs if run.setting == summary.setting)
+        steps = evaluated_steps(config)
+        losses = np.mean([r.losses for r in results if r.setting == summary.setting], axis=0)
         look = dict(
             color=COLOURS[values.index(summary.setting[place]) % len(COLOURS)],
             linestyle=("-", "--", ":", "-.")[others.index(_others(plan, summary.setting)) % 4],
@@ -229,7 +332,7 @@ def _plot(
             linewidth=1.5,
         )
         over_steps.plot(steps, losses, **look)
-        sent = [wire_bytes(runs[0].config, int(step)) for step in steps]
+        sent = [wire_bytes(config, step) for step in steps]
         over_bytes.plot(sent, losses, **look)
     last = [s.loss for s in summaries if math.isfinite(s.loss)]
     for panel in (over_steps, over_bytes):
@@ -287,9 +390,3 @@ def _others(plan: Plan, setting: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _label(fields: Sequence[str], values: Sequence[Any]) -> str:
     return ", ".join(f"{_short(f)}={v}" for f, v in zip(fields, values, strict=True))
-
-
-def _mean_curve(runs: Sequence[Run], workdir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the validation losses' mean over these runs, which differ in their seed."""
-    curves = [read_metrics(run_folder(workdir, run) / METRICS_FILE)["eval/loss"] for run in runs]
-    return curves[0][0], np.mean([losses for _, losses in curves], axis=0)

@@ -22,7 +22,8 @@ from tests.runs import Run
 
 P, S = "model.sync_factor", "model.tp_shards"
 FACTORS, SEEDS, STEPS = (1.0, 0.5), (0, 1), 6
-NAMES = [f"sync_factor_{p}-seed_{seed}" for p, seed in itertools.product(FACTORS, SEEDS)]
+NAMES = [f"sync_factor_{p}-seed_{seed}" for seed, p in itertools.product(SEEDS, FACTORS)]
+MARGIN = 0.01
 
 CONFIG_FILE = """
 from ml_collections import ConfigDict
@@ -32,7 +33,16 @@ def get_config():
     run = base.get_config()
     run.update_from_flattened_dict({fields})
     grid = ConfigDict(dict(model=dict(sync_factor={factors}), seed={seeds}))
-    return ConfigDict(dict(run=run, grid=grid, compared="model.sync_factor"))
+    return ConfigDict(
+        dict(
+            run=run,
+            grid=grid,
+            compared="model.sync_factor",
+            margin={margin},
+            looks=1,
+            late_evaluations=2,
+        )
+    )
 """
 
 
@@ -42,7 +52,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     write_texts(folder / "texts")
     (folder / "sweep.py").write_text(
-        CONFIG_FILE.format(fields=fields_of(folder), factors=FACTORS, seeds=SEEDS)
+        CONFIG_FILE.format(fields=fields_of(folder), factors=FACTORS, seeds=SEEDS, margin=MARGIN)
     )
     return folder
 
@@ -108,11 +118,18 @@ def test_results_are_those_of_the_runs(done):
     assert len(rows) == 4
     for row, name in zip(rows, NAMES, strict=True):
         assert name == f"sync_factor_{row[P]}-seed_{row['seed']}"
-        assert float(row["loss"]) == runs.series(folder / "runs" / name, "eval/loss")[STEPS]
+        evaluated = runs.series(folder / "runs" / name, "eval/loss")
+        assert row["losses"] == " ".join(f"{loss:.6f}" for loss in evaluated.values())
         assert int(row["tokens"]) == STEPS * runs.BATCH * runs.LENGTH
-    means = [np.mean([float(r["loss"]) for r in rows if float(r[P]) == p]) for p in FACTORS]
+    late = {p: [r["losses"].split()[-2:] for r in rows if float(r[P]) == p] for p in FACTORS}
+    means = [np.mean(np.array(late[p], float)) for p in FACTORS]
     assert [f"{mean:.4f}" in stdout for mean in means] == [True, True]
     assert f"{means[1] - means[0]:+.4f}" in stdout
+    plan = json.loads((folder / "plan.json").read_text())
+    assert (plan["margin"], plan["seeds"]) == (MARGIN, [0, 1])
+    assert (folder / "plan.json").stat().st_mtime_ns < min(
+        (folder / "runs" / name / "metrics.jsonl").stat().st_mtime_ns for name in NAMES
+    )
     assert matplotlib.image.imread(folder / "sweep.png").std() > 0
 
 
@@ -138,7 +155,7 @@ def test_another_configuration_in_the_same_folder(done, place):
     ids=["no data", "divergence"],
 )
 def test_failed_runs_are_named(place, flags, said):
-    flags = [*flags, "--config.grid.seed=(0,)", "--workdir=failed", "--jobs=2"]
+    flags = [*flags, "--config.grid.seed=(0,)", "--config.margin=0", "--workdir=failed", "--jobs=2"]
     assert_refused(Sweep(place, *flags).result(), "2 of 2 runs failed", NAMES[0], said)
 
 
@@ -146,10 +163,11 @@ def test_failed_runs_are_named(place, flags, said):
 def test_stopped_sweep_goes_on(place):
     flags = ["--config.run.train.steps=3000", "--config.run.train.eval_every=3000"]
     flags += ["--config.run.train.checkpoint_every=3000", "--config.grid.seed=(0,)", "--jobs=2"]
+    flags += ["--config.margin=0"]
     undisturbed = Sweep(place, *flags, "--workdir=undisturbed")
     assert undisturbed.result()[0] == 0
     stopped = Sweep(place, *flags, "--workdir=stopped")
-    folders = [place / "stopped/runs" / NAMES[n] for n in (0, 2)]
+    folders = [place / "stopped/runs" / name for name in NAMES[:2]]
     while not all(runs.has_metrics(folder) for folder in folders):
         assert stopped.process.is_alive(), stopped.result()
     stopped.process.terminate()
@@ -236,7 +254,7 @@ def grid(**changes):
         ({"grid__seed": (1, 1)}, ["seed_1", "twice"]),
         ({"compared": "model.layers"}, ["config.compared='model.layers'", P, S]),
         ({"compared": "seed"}, ["config.compared='seed'", P]),
-        ({"more": 1}, ["compared, grid, more, run", "configs/sweep.py"]),
+        ({"more": 1}, ["grid, late_evaluations, looks, margin, more, run", "configs/sweep.py"]),
     ],
 )
 def test_refused(changes, said):
@@ -279,30 +297,37 @@ def plan_of(factors, shards, seeds):
     return sweep_plan.resolve(grid(**changes, grid__seed=seeds))
 
 
+def curve(last):
+    """What a run of `configs/sweep.py` measures: 12 losses."""
+    return (9.0,) * 11 + (last,)
+
+
 def test_statistics_are_those_of_the_paired_t_test():
     plan = plan_of((1.0, 0.5), (4, 8), (0, 1, 2, 3))
     random = np.random.default_rng(0)
     results = [
-        report.Result(run.setting, run.seed, 10, 20, random.normal(2.0, 0.1)) for run in plan.runs
+        report.Result(run.setting, run.seed, 10, 20, curve(random.normal(2.0, 0.1)))
+        for run in plan.runs
     ]
     summaries = {s.setting: s for s in report.summarise(plan, results)}
-    losses = {setting: [r.loss for r in results if r.setting == setting] for setting in summaries}
+    losses = {
+        setting: [r.losses[-1] for r in results if r.setting == setting] for setting in summaries
+    }
     for (p, shards), summary in summaries.items():
         assert summary.loss == pytest.approx(np.mean(losses[p, shards]))
         assert summary.spread == pytest.approx(np.std(losses[p, shards], ddof=1))
         if p == 1.0:
-            assert (summary.difference, summary.margin) == (0, 0)
+            assert (summary.difference, summary.lower, summary.upper) == (0, 0, 0)
             continue
         interval = stats.ttest_rel(losses[p, shards], losses[1.0, shards]).confidence_interval(0.95)
-        ends = (summary.difference - summary.margin, summary.difference + summary.margin)
-        assert ends == pytest.approx((interval.low, interval.high))
+        assert (summary.lower, summary.upper) == pytest.approx((interval.low, interval.high))
 
 
 def test_one_seed_has_no_interval():
     plan = plan_of((1.0, 0.5), (8,), (0,))
-    results = [report.Result(r.setting, 0, 1, 1, 2.0 + r.setting[0]) for r in plan.runs]
+    results = [report.Result(r.setting, 0, 1, 1, curve(2.0 + r.setting[0])) for r in plan.runs]
     summaries = report.summarise(plan, results)
-    assert math.isnan(summaries[1].margin) and summaries[1].difference == -0.5
+    assert math.isnan(summaries[1].lower) and summaries[1].difference == -0.5
     assert "nan" not in report.table(plan, summaries)
     assert "-0.5000 |" in report.table(plan, summaries)
 
@@ -331,7 +356,6 @@ def test_results_file_of_a_run_is_read_back(tmp_path):
     plan = plan_of((1.0,), (8,), (0,))
     folder = report.run_folder(tmp_path, plan.runs[0])
     folder.mkdir(parents=True)
-    found = {"loss": "nan", "tokens": 3, "wire_bytes": 4}
+    found = {"losses": [1.0] * 11 + ["nan"], "tokens": 3, "wire_bytes": 4}
     (folder / "result.json").write_text(json.dumps(found))
-    (folder / "metrics.jsonl").write_text('{"step": 1, "eval/loss": "nan"}\n')
     assert "nan" in report.write(plan, tmp_path)
