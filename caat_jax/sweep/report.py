@@ -147,11 +147,13 @@ def undecided_runs(plan: Plan, pairs: int, workdir: Path) -> list[Run]:
         for setting, verdict in found.items()
         if verdict and verdict.word != protocol.UNDECIDED
     }
-    settings = {run.setting for run in plan.runs} - decided
-    settings = {s for s in settings if s != plan.baseline_of(s)}
-    wanted = settings | {plan.baseline_of(s) for s in settings}
+    settings = {run.setting for run in plan.runs}
+    for baseline in settings:
+        others = {s for s in settings if plan.baseline_of(s) == baseline} - {baseline}
+        if others and others <= decided:
+            decided.add(baseline)
     seeds = plan.seeds[:pairs]
-    return [run for run in plan.runs if run.setting in wanted and run.seed in seeds]
+    return [run for run in plan.runs if run.setting not in decided and run.seed in seeds]
 
 
 def verdicts(plan: Plan, results: Sequence[Result]) -> dict[tuple[Any, ...], Verdict | None]:

@@ -120,6 +120,8 @@ def test_decided_settings_are_not_trained_further(plan, tmp_path):
     runs = report.undecided_runs(plan, 8, tmp_path)
     assert {run.setting[0] for run in runs} == {1.0, 0.75, 0.25}
     assert {run.seed for run in runs} == set(range(8))
+    with_results(plan, tmp_path, range(12), losses | {0.75: 1.0, 0.25: 1.0})
+    assert report.undecided_runs(plan, 12, tmp_path) == []
     table = report.table(plan, report.summarise(plan, results))
     assert [table.count(word) for word in (" worse |", "not worse |", "undecided: ")] == [2, 1, 2]
 
