@@ -4,8 +4,8 @@
 
 12 pairs of runs for each p, which share their initial parameters and batches.  p = 0 is the
 positive control: a study that cannot tell it from p = 1 can tell nothing.  The model and text of
-`configs/sweep.py` with S = 8 for half of its steps; a run's loss is the mean of three evaluations
-on the whole validation split.
+`configs/sweep.py` with S = 8 for two fifths of its steps; a run's loss is the mean of three
+evaluations on the whole validation split.
 """
 
 from configs import sweep
@@ -15,10 +15,11 @@ def get_config():
     config = sweep.get_config()
     run = config.run
     run.data.holdout_every = 80  # 645 validation sequences: evaluating costs less than training
-    run.train.steps = 600
-    run.train.eval_every = 60
+    run.optimizer.warmup_steps = 20
+    run.train.steps = 480
+    run.train.eval_every = 80
     run.train.eval_sequences = -1
-    run.train.checkpoint_every = 150
+    run.train.checkpoint_every = 160
     config.grid.model.tp_shards = (8,)
     config.grid.seed = tuple(range(12))
     config.margin = 0.01
