@@ -17,20 +17,11 @@ pair by pair: the mean difference and Student's 95 % interval over the pairs.  D
 brackets or indented lines yield fewer tasks.
 """
 
-import csv
-import io
-import json
-import random
-import re
-import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
-
 from absl import flags
-from scipy import stats
 
-from caat_jax import command_line, files
+from benchmarks import cloze_tasks
+from benchmarks.cloze_tasks import Row
+from caat_jax import command_line
 from caat_jax.checkpoints import checkpoints
 from caat_jax.config import user_paths
 from caat_jax.data.corpora import open_corpus
@@ -39,45 +30,9 @@ from caat_jax.sweep import plan as sweep_plan
 from caat_jax.sweep.plan import Plan
 from caat_jax.sweep.report import RESULT_FILE, run_folder
 
-CONTEXT = 100  # characters shown before the place
-QUESTIONS = 300  # of each task, at most
-
-_TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {questions}}}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{answers}}}}"
-doc_to_target: "{{{{right}}}}"
-target_delimiter: ""
-metric_list:
-  - metric: acc
-"""
-
 _CONFIG = command_line.config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "That of the sweep.", required=True)
 _LIMIT = flags.DEFINE_integer("limit", None, "Only so many questions of each task.", 1)
-
-
-class Question(NamedTuple):
-    """A place in a document, and what may follow."""
-
-    context: str
-    answers: list[str]
-    right: int  # which of them does
-
-
-class Row(NamedTuple):
-    """One task on one run."""
-
-    setting: tuple
-    seed: int
-    task: str
-    questions: int
-    accuracy: float
-    standard_error: float
 
 
 def main(plan: Plan) -> None:
@@ -86,9 +41,9 @@ def main(plan: Plan) -> None:
     workdir = user_paths.expanded("--workdir", _WORKDIR.value)
     done = [run for run in plan.runs if (run_folder(workdir, run) / RESULT_FILE).exists()]
     if not done:
-        raise InputError(f"--workdir={workdir} has no run of {_CONFIG.name} that is done")
+        raise InputError(f"--workdir={workdir} has no run of this configuration that is done")
     documents = list(open_corpus(done[0].config.data).documents("validation"))
-    names = write_tasks(questions_of(documents), workdir / "tasks")
+    names = cloze_tasks.write_tasks(cloze_tasks.questions_of(documents), workdir / "tasks")
     options = harness.TaskOptions(tuple(names), workdir / "tasks", None, _LIMIT.value, None)
     rows = []
     for run in done:
@@ -98,111 +53,8 @@ def main(plan: Plan) -> None:
             found = figures[name]
             share, error = (found["metrics"][f"{key},none"] for key in ("acc", "acc_stderr"))
             rows.append(Row(run.setting, run.seed, name, found["examples"], share, error))
-        write_csv(workdir / "cloze.csv", plan, rows)
-    print(table(plan, rows))
-
-
-def questions_of(documents: Sequence[str]) -> dict[str, list[Question]]:
-    """Those of each task, the same for the same documents."""
-    rules = {"word": _words, "bracket": _brackets, "indentation": _indentations}
-    questions = {}
-    for name, rule in rules.items():
-        chance = random.Random(name)
-        found = [q for document in documents for q in rule(document, chance)]
-        chance.shuffle(found)
-        if name == "bracket":
-            found = _as_many_of_each(found)
-        if found:
-            questions[name] = found[:QUESTIONS]
-    return questions
-
-
-def _question(document: str, place: int, right: str, wrong: list[str], chance: random.Random):
-    answers = [right, *wrong]
-    chance.shuffle(answers)
-    return Question(document[max(place - CONTEXT, 0) : place], answers, answers.index(right))
-
-
-def _words(document: str, chance: random.Random) -> Iterator[Question]:
-    of_length: dict[int, set[str]] = {}
-    places = [m for m in re.finditer(r"[A-Za-z]{4,}", document) if m.start() >= CONTEXT]
-    for match in places:
-        of_length.setdefault(len(match[0]), set()).add(match[0])
-    for match in places:
-        others = sorted(of_length[len(match[0])] - {match[0]})
-        if len(others) >= 3:
-            wrong = chance.sample(others, 3)
-            yield _question(document, match.start(), match[0], wrong, chance)
-
-
-def _brackets(document: str, chance: random.Random) -> Iterator[Question]:
-    for match in re.finditer(r"[)\]}]", document):
-        if match.start() >= CONTEXT:
-            wrong = [bracket for bracket in ")]}" if bracket != match[0]]
-            yield _question(document, match.start(), match[0], wrong, chance)
-
-
-def _as_many_of_each(questions: list[Question]) -> list[Question]:
-    kinds: dict[str, list[Question]] = {}
-    for question in questions:
-        kinds.setdefault(question.answers[question.right], []).append(question)
-    return [q for together in zip(*kinds.values(), strict=False) for q in together]
-
-
-def _indentations(document: str, chance: random.Random) -> Iterator[Question]:
-    for match in re.finditer(r"\n( *)(\S[^\n]{,11})", document):
-        columns = len(match[1])
-        if match.start() >= CONTEXT and columns and columns % 4 == 0:
-            near = sorted(range(0, columns + 9, 4), key=lambda n: (abs(n - columns), n))[1:3]
-            right, *wrong = (f"\n{' ' * n}{match[2]}" for n in (columns, *near))
-            yield _question(document, match.start(), right, wrong, chance)
-
-
-def write_tasks(questions: dict[str, list[Question]], folder: Path) -> list[str]:
-    """Writes a harness task for each; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for kind, asked in questions.items():
-        name, path = f"caat_{kind}", folder / f"{kind}.jsonl"
-        files.write(path, "".join(json.dumps(question._asdict()) + "\n" for question in asked))
-        files.write(folder / f"{name}.yaml", _TASK.format(name=name, questions=path.resolve()))
-        names.append(name)
-    return names
-
-
-def write_csv(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """A line for each row."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow([*plan.fields, *Row._fields[1:]])
-    writer.writerows([*row.setting, *row[1:]] for row in rows)
-    files.write(path, text.getvalue())
-
-
-def table(plan: Plan, rows: Sequence[Row]) -> str:
-    """A Markdown table: every task by setting, over the pairs."""
-    accuracy = {(row.setting, row.task, row.seed): row.accuracy for row in rows}
-    heads = ["task", *(field.split(".")[-1] for field in plan.fields), "pairs", "right"]
-    heads += ["standard error", f"minus {plan.compared.split('.')[-1]}={plan.baseline}"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for task, setting in dict.fromkeys((row.task, row.setting) for row in rows):
-        baseline = plan.baseline_of(setting)
-        own = [row for row in rows if (row.task, row.setting) == (task, setting)]
-        pairs = [row for row in own if (baseline, task, row.seed) in accuracy]
-        cells = [task, *setting, len(pairs), f"{statistics.fmean(r.accuracy for r in own):.3f}"]
-        cells.append(f"{statistics.fmean(r.standard_error for r in own):.3f}")
-        differences = [r.accuracy - accuracy[baseline, task, r.seed] for r in pairs]
-        cells.append("" if setting == baseline else _interval(differences))
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def _interval(differences: Sequence[float]) -> str:
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.3f}"
-    reach = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{mean:+.3f} ± {reach:.3f}"
+        cloze_tasks.write_csv(workdir / "cloze.csv", plan, rows)
+    print(cloze_tasks.table(plan, rows))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_help(tmp_path, script):
     if script == "eval.py":
         names = {name for name in names if name.startswith("data.")}
     if script == SWEEP:
-        names = {f"run.{name}" for name in names} | {"compared"}
+        names = {f"run.{name}" for name in names}
+        names |= {"compared", "margin", "looks", "late_evaluations"}
     assert fields == (names if script in WITH_CONFIG | {"eval.py", SWEEP} else set())
 
 
