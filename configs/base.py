@@ -58,6 +58,9 @@ def get_config() -> ConfigDict:
             emulate_wires=False,
             remat=False,  # recompute each layer in the backward pass (its all-reduces excepted)
             scan_layers=True,  # False unrolls the layers: slower to compile, faster on CPUs
+            # In how many parts a device's sequences pass a layer, so that one part computes while
+            # another's channels are reduced; 0: chosen by platform (model/batch_parts.py).
+            batch_parts=0,
             # plain, splash (the TPU kernel; interpreted elsewhere, for tests) or cudnn (NVIDIA
             # GPUs).  auto: splash on TPUs, cudnn on GPUs in bfloat16, plain otherwise.
             attention="auto",

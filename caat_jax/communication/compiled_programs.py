@@ -4,6 +4,7 @@ The text is XLA's: `jax.stages.Compiled.as_text()`, a scheduled HLO module.  Wha
 does not recognise is in `Reading.unrecognised`, never left out in silence.
 """
 
+import collections
 import dataclasses
 import re
 
@@ -74,7 +75,8 @@ class CompiledCollective:
     `arrays` are those that are whole on every device of a group, as in `collectives.Collective`;
     the numbers in `groups` are places in the program's order of devices (a permutation's groups
     are its pairs of source and target).  `between` are the operations that are scheduled between
-    the start and the end of an asynchronous one, `overlapped_flops` those of its products.
+    the start and the end of an asynchronous one, `overlapped_flops` those of its products: of a
+    product beside n operations of the same groups, which share their links, a part of 1/n.
     """
 
     kind: str
@@ -91,8 +93,8 @@ class CompiledCollective:
 class _Between:
     """What is scheduled between two instructions."""
 
-    labels: tuple[str, ...]  # "matrix product" for products and attention, else the opcode
-    flops: float
+    labels: tuple[str, ...] = ()  # "matrix product" for products and attention, else the opcode
+    products: tuple[tuple[str, float], ...] = ()  # names and FLOPs of those
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def read(text: str) -> Reading:
     walk = _Walk(module)
     walk.run(module.entry, 1)
     lines = [f"the line {line}" for line in module.unrecognised]
-    return Reading(tuple(walk.collectives), tuple(dict.fromkeys(lines + walk.problems)))
+    return Reading(walk.finished(), tuple(dict.fromkeys(lines + walk.problems)))
 
 
 class _Walk:
@@ -123,8 +125,25 @@ class _Walk:
 
     def __init__(self, module: Module):
         self.module = module
-        self.collectives: list[CompiledCollective] = []
+        self.collectives: list[tuple[CompiledCollective, _Between]] = []
         self.problems: list[str] = []
+
+    def finished(self) -> tuple[CompiledCollective, ...]:
+        """All collectives met, once nothing is left that could share a product with one."""
+        sharing = collections.Counter(
+            (name, found.groups)
+            for found, between in self.collectives
+            for name, _ in between.products
+        )
+        return tuple(
+            dataclasses.replace(
+                found,
+                overlapped_flops=sum(
+                    flops / sharing[name, found.groups] for name, flops in between.products
+                ),
+            )
+            for found, between in self.collectives
+        )
 
     def run(self, computation: str, times: int) -> None:
         """A computation that runs so many times, and all that it calls."""
@@ -184,7 +203,7 @@ class _Walk:
         end = _end(self.module.computations[computation], start)
         if end is None:
             self.problems.append(f"{start.name}: where it ends")
-        between = self._between(computation, start.name, end) if end else _Between((), 0.0)
+        between = self._between(computation, start.name, end) if end else _Between()
         if start.opcode not in _WRAPPED:
             self._collect((computation, start), computation, start, times, between)
             return
@@ -209,18 +228,16 @@ class _Walk:
         slices, devices = len(target[1].split(",")), int(target[2]) + 1
         end = _end(self.module.computations[computation], transfer) or transfer.name
         between = self._between(computation, transfer.name, end)
-        self.collectives.append(
-            CompiledCollective(
-                "all-reduce",
-                tuple(tuple(range(i, slices * devices, devices)) for i in range(devices)),
-                tuple(element_types(transfer.result)[:1]),  # of (what is sent, context, token)
-                times,
-                self._name(computation, transfer),
-                True,
-                between.labels,
-                between.flops,
-            )
+        found = CompiledCollective(
+            "all-reduce",
+            tuple(tuple(range(i, slices * devices, devices)) for i in range(devices)),
+            tuple(element_types(transfer.result)[:1]),  # of (what is sent, context, token)
+            times,
+            self._name(computation, transfer),
+            True,
+            between.labels,
         )
+        self.collectives.append((found, between))
 
     def _collect(
         self,
@@ -257,18 +274,16 @@ class _Walk:
             self.problems.append(f"{instruction.opcode} {instruction.name}: its devices or arrays")
             return
         if any(len(group) > 1 for group in groups):
-            self.collectives.append(
-                CompiledCollective(
-                    kind,
-                    groups,
-                    tuple(arrays),
-                    times,
-                    instruction.op_name or self._name(*scheduled),
-                    between is not None,
-                    between.labels if between else (),
-                    between.flops if between else 0.0,
-                )
+            found = CompiledCollective(
+                kind,
+                groups,
+                tuple(arrays),
+                times,
+                instruction.op_name or self._name(*scheduled),
+                between is not None,
+                between.labels if between else (),
             )
+            self.collectives.append((found, between or _Between()))
 
     def _name(self, computation: str, instruction: Instruction) -> str:
         """The scopes of an instruction; of what it reads, or of its loop, where it has none."""
@@ -296,7 +311,7 @@ class _Walk:
         ]
         return _Between(
             tuple("matrix product" if flops else i.opcode for i, flops in inside),
-            sum(flops for _, flops in inside),
+            tuple((i.name, flops) for i, flops in inside if flops),
         )
 
 

@@ -2,7 +2,7 @@
 
 Hidden is the time, at the chip's peak rate, of the matrix products and attention kernels that the
 compiler has scheduled between a transfer's start and its end; the rest is exposed.  A product
-beside two transfers at once counts for both.
+beside several transfers over the same links counts for each of them in equal parts.
 """
 
 import dataclasses

@@ -201,6 +201,7 @@ def _compute(fields: dict[str, Any], model: Architecture) -> Compute:
     ):
         one_of(f"compute.{field}", fields[field], allowed)
     at_least("compute.wire_block", fields["wire_block"], 1)
+    at_least("compute.batch_parts", fields["batch_parts"], 0)
     one_of("compute.attention", fields["attention"], ATTENTION_KERNELS)
     compute = Compute(**fields)
     if compute.attention == "cudnn" and not cudnn_supports(model, compute):

@@ -22,6 +22,7 @@ class Compute:
     emulate_wires: bool
     remat: bool
     scan_layers: bool
+    batch_parts: int
     attention: str
 
 

@@ -48,8 +48,9 @@ def from_json(fields: dict[str, Any]) -> Config:
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )
         data = {"own_text": False, **fields["data"]}
-        # Nor had wires blocks, and nothing emulated them.
-        compute = {"wire_block": 128, "emulate_wires": False, **fields["compute"]}
+        # Nor had wires blocks, nothing emulated them, and batches had no parts.
+        added = {"wire_block": 128, "emulate_wires": False, "batch_parts": 0}
+        compute = added | fields["compute"]
         return _typed(
             Config(
                 seed=fields["seed"],

@@ -30,7 +30,7 @@ from caat_jax.devices import sharding, xla_options
 from caat_jax.inference import sampling
 from caat_jax.inference.sampling import Numbers, Sampling
 from caat_jax.inference.weights import LayerWeights, WeightLayout, Weights
-from caat_jax.model import attention, layers
+from caat_jax.model import attention, batch_parts, layers
 from caat_jax.model import transformer as model_lib
 from caat_jax.model.norm_product import norm_and_project
 from caat_jax.model.partial_sync import Stream
@@ -83,12 +83,14 @@ class InferencePrograms:
         self.mesh = mesh
         self._layout = layout = WeightLayout(config, mesh)
         self._dtype = layout.dtype
-        self._wire = wire_of(config.compute, for_tpu=sharding.platform(mesh) == "tpu")
+        platform = sharding.platform(mesh)
+        self._batch_parts = batch_parts.choose(config.model, config.compute, platform)
+        self._wire = wire_of(config.compute, for_tpu=platform == "tpu")
         axes = ("layers",) if layout.is_stacked else ()
         rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
         self._cache_specs = (LayerCache(rows, rows),) * len(layout.spans)
         self._cache_formats = jax.tree.map(self._cache_format, self._cache_specs)
-        options = xla_options.options(sharding.platform(mesh))
+        options = xla_options.options(platform)
         self.prepare = jax.jit(layout.prepare)
         self.prefill = jax.jit(
             self._prefill,
@@ -236,26 +238,35 @@ class InferencePrograms:
         slots = prompts_BQ.shape[1]
         rotation = layers.rotary_angles(jnp.arange(slots), arch)
 
-        def apply(stream: Stream, layer: LayerWeights) -> tuple[Stream, LayerCache]:
+        def attend(
+            stream: Stream, layer: LayerWeights
+        ) -> tuple[Stream, tuple[jax.Array, jax.Array]]:
             query, key, value = layers.query_key_value(
                 stream, layer.attention, rotation, arch, for_tpu=wire.for_tpu
             )
             with jax.named_scope(ATTENTION_SCOPE):
                 attended = self._layout.blueprint.attend(query, key, value)
-            stream = layers.add_attended(stream, attended, layer.attention, wire)
-            stream = layers.mlp(stream, layer.mlp, arch, wire)
-            unused = (0, 0), (0, cache_length - slots), (0, 0)
-            kept = (jnp.pad(attention.cache_rows(x), unused) for x in (key, value))
-            return stream, LayerCache(*kept)
+            return layers.add_attended(stream, attended, layer.attention, wire), (key, value)
 
-        stream, caches = self._embed(weights, prompts_BQ), []
+        def apply(
+            parts: tuple[Stream, ...], layer: LayerWeights
+        ) -> tuple[tuple[Stream, ...], LayerCache]:
+            streams, kept = zip(*(attend(stream, layer) for stream in parts), strict=True)
+            streams = tuple(layers.mlp(stream, layer.mlp, arch, wire) for stream in streams)
+            unused = (0, 0), (0, cache_length - slots), (0, 0)
+            kept = (jnp.concatenate(x, axis=1) for x in zip(*kept, strict=True))
+            return streams, LayerCache(*(jnp.pad(attention.cache_rows(x), unused) for x in kept))
+
+        parts = batch_parts.split(self._embed(weights, prompts_BQ), self._batch_parts)
+        caches = []
         with jax.named_scope(LAYERS):
             for layer_weights in weights.spans:
                 if self._layout.is_stacked:
-                    stream, cache = lax.scan(apply, stream, layer_weights)
+                    parts, cache = lax.scan(apply, parts, layer_weights)
                 else:
-                    stream, cache = apply(stream, layer_weights)
+                    parts, cache = apply(parts, layer_weights)
                 caches.append(cache)
+        stream = batch_parts.join(parts)
         last = (lengths_B - 1)[:, None, None]
         common = jnp.take_along_axis(stream.common, last, axis=1)
         private = jnp.take_along_axis(stream.private, last[None], axis=2)

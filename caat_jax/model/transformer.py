@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Compute
 from caat_jax.devices import sharding
-from caat_jax.model import attention, loss, partial_sync
+from caat_jax.model import attention, batch_parts, loss, partial_sync
 from caat_jax.model.attention import Attend
 from caat_jax.model.layers import Attention, Mlp, look_up, norm_scale, rotary_angles, weight
 from caat_jax.model.norm_product import norm_and_project
@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
     """Embedding, layers, final norm and head."""
 
     def __init__(
-        self, arch: Architecture, compute: Compute, attend: Attend, for_tpu: bool, rngs: nnx.Rngs
+        self, arch: Architecture, compute: Compute, attend: Attend, platform: str, rngs: nnx.Rngs
     ):
         D, V = arch.embed_dim, arch.vocab_size
         # Untied, the table is split by channel: gathering channels sends half of what summing
@@ -98,7 +98,8 @@ class Transformer(nnx.Module):
             self.head = weight(rngs, (D, V), ("embed", "vocab"))
         self.arch = arch
         self.dtype = jnp.dtype(compute.dtype)
-        self.wire = wire_of(compute, for_tpu=for_tpu)
+        self.wire = wire_of(compute, for_tpu=platform == "tpu")
+        self.batch_parts = batch_parts.choose(arch, compute, platform)
         self.remat = compute.remat
         self.scan_layers = compute.scan_layers
 
@@ -121,21 +122,27 @@ class Transformer(nnx.Module):
         positions = jnp.arange(stream.common.shape[1])
         rotation = rotary_angles(positions, arch)
         graph, stacked = nnx.split(self.layers)
+        parts = batch_parts.split(stream, self.batch_parts)
         for span in layer_spans(arch):
             weights = stacked
             if span.last - span.first < arch.layers:
                 weights = jax.tree.map(lambda w, span=span: w[span.first : span.last], stacked)
 
-            def apply(stream, weights, widths=span.sync_widths):
+            def apply(parts, weights, widths=span.sync_widths):
                 layer = nnx.merge(graph, self._gathered_tree(weights))
-                stream = layer.attention(stream, rotation, sync_width=widths[0], wire=self.wire)
-                return layer.mlp(stream, sync_width=widths[1], wire=self.wire), None
+                parts = [
+                    layer.attention(stream, rotation, sync_width=widths[0], wire=self.wire)
+                    for stream in parts
+                ]
+                return tuple(
+                    layer.mlp(stream, sync_width=widths[1], wire=self.wire) for stream in parts
+                ), None
 
             if self.remat:
                 policy = jax.checkpoint_policies.save_only_these_names(REDUCED)
                 apply = jax.checkpoint(apply, policy=policy)
-            stream, _ = lax.scan(apply, stream, weights, unroll=1 if self.scan_layers else True)
-        return stream
+            parts, _ = lax.scan(apply, parts, weights, unroll=1 if self.scan_layers else True)
+        return batch_parts.join(parts)
 
     def logits(self, stream: Stream) -> jax.Array:
         """Logits, float32 [G, B, T, v], of the final streams, private channels included."""
@@ -185,7 +192,7 @@ class Blueprint:
         self.attend = attention.kernel(self.attention, platform)
 
         def build(rngs: nnx.Rngs) -> Transformer:
-            return Transformer(arch, compute, self.attend, platform == "tpu", rngs)
+            return Transformer(arch, compute, self.attend, platform, rngs)
 
         self._build = build
         self._graph, self._state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))

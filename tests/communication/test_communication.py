@@ -20,7 +20,7 @@ from caat_jax.communication import (
     report,
     traced_programs,
 )
-from caat_jax.communication.audit import Audit, audit
+from caat_jax.communication.audit import Audit, audit, audit_program
 from caat_jax.communication.collectives import Collective
 from caat_jax.communication.compiled_programs import CompiledCollective
 from caat_jax.communication.hlo_module import Module
@@ -29,8 +29,9 @@ from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.devices import chips, sharding, topology
 from caat_jax.devices.chips import Link
 from caat_jax.errors import InputError
+from caat_jax.inference.programs import InferencePrograms
 from caat_jax.training.step import Programs
-from configs import llama_130m, tiny
+from configs import llama_7b, llama_130m, tiny
 from tests import models
 
 MATRICES = 7  # of a layer
@@ -256,6 +257,29 @@ def test_130m_for_gpus_that_are_not_there(monkeypatch):
         assert f'custom_call_target="{kernel}"' in text
     # As the program without devices is counted, where attention is written out as products.
     assert total_flops(text) == found.product_flops
+
+
+@models.needs_gpu_compiler
+@pytest.mark.parametrize("p, most", [(0.5, 0.55), (1.0, 0.65)])
+def test_one_part_of_a_batch_hides_the_transfers_of_another(p, most):
+    """Prefill of 7B: two parts leave exposed at most so much of what one leaves exposed."""
+    fields = llama_7b.get_config()
+    fields.model.layers = 2
+    mesh = sharding.create_mesh(
+        MeshConfig(**EIGHT, simulated_devices=0), topology.devices("h100:1x1x8")
+    )
+
+    def exposed(parts: int) -> float:
+        fields.compute.batch_parts = parts
+        config = resolve(fields).with_sync_factor(p)
+        found = audit_program(
+            lambda mesh: InferencePrograms(config, mesh).trace_prefill(8, 4096), mesh
+        )
+        reductions = found.over("model", collectives.LAYER_LOOP)
+        assert sum(c.times for c in reductions) == 2 * config.model.layers * parts
+        return exposure.of_all(reductions, chips.by_name("h100-nvlink"), EIGHT).exposed
+
+    assert exposed(2) < most * exposed(1)
 
 
 @models.needs_gpu_compiler

@@ -288,6 +288,29 @@ def test_flops_between_start_and_done(operands, line, flops):
     assert operation.between == ("matrix product" if flops else "custom-call",)
 
 
+def test_product_beside_two_operations_is_shared_by_those_over_the_same_links():
+    """Three run at once, two of them over rows, one over pairs; each has a product alone, too."""
+    rows, pairs = "replica_groups=[2,4]<=[8]", "replica_groups=[4,2]<=[8]"
+    product = "= f32[4,4]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+    text = module(
+        [
+            f"%a = f32[4,8]{{1,0}} all-reduce-start(%p), {rows}, to_apply=%sum",
+            f"%x {product}",
+            f"%b = f32[4,8]{{1,0}} all-reduce-start(%p), {rows}, to_apply=%sum",
+            f"%c = f32[4,8]{{1,0}} all-reduce-start(%p), {pairs}, to_apply=%sum",
+            f"%y {product}",
+            "%e = f32[4,8]{1,0} all-reduce-done(%a)",
+            f"%z {product}",
+            "%f = f32[4,8]{1,0} all-reduce-done(%b)",
+            "%g = f32[4,8]{1,0} all-reduce-done(%c)",
+            "ROOT %r = f32[4,8]{1,0} copy(%e)",
+        ]
+    )
+    one = 2 * (4 * 4) * 8
+    flops = [operation.overlapped_flops for operation in compiled_programs.read(text).collectives]
+    assert flops == [one * 1.5, one * 1.5, one * 2]
+
+
 def test_chain_of_fusions_is_one_operation():
     def step(name, root):
         return (

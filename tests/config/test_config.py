@@ -102,6 +102,7 @@ BAD_FIELDS = [
         {"compute__forward_wire_dtype": "float8_e5m2"},
         ["compute.forward_wire_dtype='float8_e5m2'", "float32, bfloat16, int8, float8_e4m3fn"],
     ),
+    ({"compute__batch_parts": -1}, ["compute.batch_parts=-1", "at least 0"]),
     ({"compute__wire_block": 0}, ["compute.wire_block=0", "at least 1"]),
     ({"compute__backward_wire_dtype": ""}, ["compute.backward_wire_dtype=''", "bfloat16"]),
     ({"compute__attention": "flash"}, ["compute.attention='flash'", "auto, plain, splash, cudnn"]),
@@ -339,10 +340,11 @@ def test_schedule_is_worked_out_and_survives_json():
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_json_older_than_quantised_wires_has_the_defaults():
+def test_json_older_than_fields_of_compute_has_the_defaults():
     config = resolved()
     fields = to_json(config)
-    del fields["compute"]["wire_block"], fields["compute"]["emulate_wires"]
+    for later in ("wire_block", "emulate_wires", "batch_parts"):
+        del fields["compute"][later]
     assert from_json(fields) == config
 
 

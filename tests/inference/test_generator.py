@@ -65,11 +65,11 @@ def generator_of(config):
     return Generator(config, programs.mesh, models.on_mesh(programs, parameters_of(config)))
 
 
-def config_of(M=8, mesh=None, tied_head=False, scan_layers=True, **model):
+def config_of(M=8, mesh=None, tied_head=False, scan_layers=True, batch_parts=0, **model):
     return models.small_config(
         model=dict(tp_shards=8, tied_head=tied_head, **model),
         mesh=mesh or dict(model=M),
-        compute=dict(scan_layers=scan_layers),
+        compute=dict(scan_layers=scan_layers, batch_parts=batch_parts),
     )
 
 
@@ -95,7 +95,7 @@ CASES = [
     dict(M=2, sync_factor=0.5),
     dict(M=2, sync_factor=0.0, tied_head=True, scan_layers=False),
     dict(M=8, sync_factor=1.0, scan_layers=False),
-    dict(M=8, sync_factor=0.5, tied_head=True),
+    dict(M=8, sync_factor=0.5, tied_head=True, batch_parts=2),
     dict(M=8, sync_factor=0.0),
     dict(M=1, layers=3, sync_factor_per_layer=((0.25, 0.75), (1.0, 0.5), 0.5)),
     dict(M=8, layers=3, sync_factor_per_layer=(1.0, 1.0, (0.0, 0.5)), scan_layers=False),

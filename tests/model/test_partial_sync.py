@@ -166,6 +166,17 @@ def test_products_as_arranged_for_tpus(M, monkeypatch):
     check(config_of(8, M, OPTIONS[0], sync_factor=0.5))
 
 
+@pytest.mark.parametrize(("p", "M", "remat"), [(0.5, 4, True), (0.5, 2, False), (1.0, 8, False)])
+def test_batch_in_parts(p, M, remat):
+    """Two or four sequences a device, half of them after the other half."""
+    config = models.small_config(
+        model=dict(tp_shards=8, sync_factor=p),
+        compute=dict(batch_parts=2, remat=remat, scan_layers=remat),
+        mesh=dict(data=1 if M == 8 else 2, model=M),
+    )
+    check(config)
+
+
 @pytest.mark.parametrize(("M", "remat"), [(1, False), (2, True), (8, True)])
 def test_splash_attention(M, remat):
     """The TPU's kernel, interpreted."""
