@@ -100,9 +100,13 @@ def get_config() -> ConfigDict:
 
     config.optimizer = ConfigDict(
         dict(
+            # After the warm-up, which is linear: cosine or linear to the final rate, constant, or
+            # wsd (warm-up, stable, decay), which is constant and then linear to the final rate.
+            schedule="cosine",
             peak_learning_rate=1e-3,
             final_learning_rate=1e-4,
             warmup_steps=-1,  # -1: a tenth of decay_steps
+            cooldown_steps=-1,  # of wsd, the last before decay_steps; -1: a fifth of them
             decay_steps=-1,  # the step at which the final rate is reached; -1: train.steps
             beta1=0.9,
             beta2=0.95,

@@ -38,6 +38,7 @@ from configs import base
 DTYPES = ("float32", "bfloat16")
 FORWARD_WIRE_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 BACKWARD_WIRE_DTYPES = (*FORWARD_WIRE_DTYPES, "float8_e5m2")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 ATTENTION_KERNELS = ("auto", "plain", "splash", "cudnn")
 # What says which documents of which corpus; where it lies, and how it is decoded, is apart.
 _CORPUS_FIELDS = ("tfds_name", "files", "text_feature", "train_split", "eval_split")
@@ -66,6 +67,8 @@ def resolve(config: ConfigDict) -> Config:
         optimizer["decay_steps"] = train.steps
     if optimizer["warmup_steps"] == -1:
         optimizer["warmup_steps"] = optimizer["decay_steps"] // 10
+    if optimizer["cooldown_steps"] == -1:
+        optimizer["cooldown_steps"] = optimizer["decay_steps"] // 5
     optimizer = OptimizerConfig(**optimizer)
     _check_optimizer(optimizer)
     data = DataConfig(**config.data)
@@ -244,6 +247,7 @@ def _check_data(data: DataConfig, least_holdout: int = 2) -> None:
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     above_zero("optimizer.peak_learning_rate", optimizer.peak_learning_rate)
     if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
         raise InputError(
@@ -251,12 +255,19 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             f" [0, optimizer.peak_learning_rate={optimizer.peak_learning_rate}]"
         )
     at_least("optimizer.warmup_steps", optimizer.warmup_steps, 0)
+    at_least("optimizer.cooldown_steps", optimizer.cooldown_steps, 0)
     at_least("optimizer.decay_steps", optimizer.decay_steps, 1)
     if optimizer.decay_steps <= optimizer.warmup_steps:
         raise InputError(
             f"optimizer.decay_steps={optimizer.decay_steps} (train.steps when -1) must be above"
             f" optimizer.warmup_steps={optimizer.warmup_steps}; --config.optimizer.warmup_steps=-1"
             " warms up for a tenth of them"
+        )
+    falling = optimizer.decay_steps - optimizer.warmup_steps
+    if optimizer.schedule == "wsd" and optimizer.cooldown_steps > falling:
+        raise InputError(
+            f"optimizer.cooldown_steps={optimizer.cooldown_steps} must be at most {falling}, the"
+            " steps of optimizer.decay_steps after optimizer.warmup_steps"
         )
     for field in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, field) <= LARGEST_BELOW_ONE:

@@ -80,11 +80,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """`config.optimizer`, `warmup_steps` and `decay_steps` worked out."""
+    """`config.optimizer`, the numbers of steps worked out."""
 
+    schedule: str
     peak_learning_rate: float
     final_learning_rate: float
     warmup_steps: int
+    cooldown_steps: int
     decay_steps: int
     beta1: float
     beta2: float

@@ -48,6 +48,7 @@ def from_json(fields: dict[str, Any]) -> Config:
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )
         data = {"own_text": False, **fields["data"]}
+        optimizer = {"schedule": "cosine", "cooldown_steps": 0, **fields["optimizer"]}
         # Nor had wires blocks, nothing emulated them, and batches had no parts.
         added = {"wire_block": 128, "emulate_wires": False, "batch_parts": 0}
         compute = added | fields["compute"]
@@ -58,7 +59,7 @@ def from_json(fields: dict[str, Any]) -> Config:
                 compute=_typed(Compute(**compute)),
                 mesh=_typed(MeshConfig(**fields["mesh"])),
                 data=_typed(DataConfig(**data)),
-                optimizer=_typed(OptimizerConfig(**fields["optimizer"])),
+                optimizer=_typed(OptimizerConfig(**optimizer)),
                 train=_typed(TrainConfig(**train)),
             )
         )

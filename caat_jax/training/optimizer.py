@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay, clipping, and decay of matrices only."""
+"""AdamW with warm-up, a schedule of the learning rate, clipping, and decay of matrices only."""
 
 from typing import Any
 
@@ -9,17 +9,22 @@ from caat_jax.config.sections import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The rate of each update, counted from 0: linear up to the peak, cosine down to the final.
+    """The rate of each update, counted from 0: linear up to the peak, then as `config.schedule`.
 
-    Update `warmup_steps - 1` has the peak rate, update `decay_steps - 1` and later the final one.
+    Update `warmup_steps - 1` has the peak rate, update `decay_steps - 1` and later the final one,
+    unless the schedule is constant.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.peak_learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.decay_steps,
-        end_value=config.final_learning_rate,
-    )
+    peak, final = config.peak_learning_rate, config.final_learning_rate
+    falling = config.decay_steps - config.warmup_steps
+    stable = falling - config.cooldown_steps
+    after_warmup = {
+        "cosine": optax.cosine_decay_schedule(peak, falling, alpha=final / peak),
+        "linear": optax.linear_schedule(peak, final, falling),
+        "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, final, config.cooldown_steps, transition_begin=stable),
+    }[config.schedule]
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    schedule = optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
     # The schedule is 0 at 0: an update that does nothing.
     return lambda update: schedule(update + 1)
 

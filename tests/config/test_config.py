@@ -140,6 +140,11 @@ BAD_FIELDS = [
         ["optimizer.final_learning_rate=0.1", "optimizer.peak_learning_rate=0.001"],
     ),
     ({"optimizer__final_learning_rate": NAN}, ["optimizer.final_learning_rate=nan"]),
+    ({"optimizer__schedule": "cosin"}, ["optimizer.schedule='cosin'", "cosine, linear, constant"]),
+    (
+        {"optimizer__schedule": "wsd", "optimizer__cooldown_steps": 91},
+        ["optimizer.cooldown_steps=91", "at most 90", "optimizer.warmup_steps"],
+    ),
     ({"optimizer__warmup_steps": -2}, ["optimizer.warmup_steps=-2", "at least 0"]),
     (
         {"optimizer__warmup_steps": 100},
@@ -273,7 +278,8 @@ def test_mesh_that_does_not_fit_is_refused(devices, given, said):
 def test_what_is_left_open_is_worked_out():
     config = resolved(train__steps=70, model__sync_factor=0.3, compute__dtype="bfloat16")
     assert config.model.head_dim == 256 // 8
-    assert (config.optimizer.decay_steps, config.optimizer.warmup_steps) == (70, 7)
+    optimizer = config.optimizer
+    assert (optimizer.decay_steps, optimizer.warmup_steps, optimizer.cooldown_steps) == (70, 7, 14)
     assert config.compute.forward_wire_dtype == "bfloat16"
     assert config.compute.backward_wire_dtype == "float32"
     assert config.model.sync_widths == ((76, 76),) * 4  # int(76.8)
@@ -346,6 +352,14 @@ def test_json_older_than_fields_of_compute_has_the_defaults():
     for later in ("wire_block", "emulate_wires", "batch_parts"):
         del fields["compute"][later]
     assert from_json(fields) == config
+
+
+def test_json_older_than_schedules_of_the_rate_has_a_cosine():
+    fields = to_json(resolved())
+    del fields["optimizer"]["schedule"], fields["optimizer"]["cooldown_steps"]
+    del fields["data"]["own_text"]
+    config = from_json(fields)
+    assert (config.optimizer.schedule, config.data.own_text) == ("cosine", False)
 
 
 def test_json_older_than_the_schedule_has_none():

@@ -17,13 +17,18 @@ CONFIG = resolve(base.get_config()).optimizer
 
 
 def closed_form(config, update):
-    """Update 0 already moves: linear up to the peak, cosine down to the final rate."""
+    """Update 0 already moves: linear up to the peak, then down to the final rate."""
     done, warmup = update + 1, config.warmup_steps
     if done <= warmup:
         return config.peak_learning_rate * done / warmup
-    turned = math.pi * min(1, (done - warmup) / (config.decay_steps - warmup))
-    span = config.peak_learning_rate - config.final_learning_rate
-    return config.final_learning_rate + span * (1 + math.cos(turned)) / 2
+    if config.schedule == "constant":
+        return config.peak_learning_rate
+    if config.schedule == "wsd":
+        warmup = config.decay_steps - config.cooldown_steps
+    gone = min(1, max(0, done - warmup) / (config.decay_steps - warmup))
+    if config.schedule == "cosine":
+        gone = (1 - math.cos(math.pi * gone)) / 2
+    return (1 - gone) * config.peak_learning_rate + gone * config.final_learning_rate
 
 
 # One rounding of the largest rate: a small one is a difference of large ones.
@@ -31,8 +36,10 @@ ROUNDING = CONFIG.peak_learning_rate * 2**-24
 
 
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 50), (1, 50), (20, 100), (2000, 500_000)])
-def test_learning_rate_is_the_closed_form(warmup, decay):
-    config = dataclasses.replace(CONFIG, warmup_steps=warmup, decay_steps=decay)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_learning_rate_is_the_closed_form(schedule, warmup, decay):
+    steps = dict(warmup_steps=warmup, decay_steps=decay, cooldown_steps=decay // 5)
+    config = dataclasses.replace(CONFIG, schedule=schedule, **steps)
     updates = sorted({0, 1, warmup, *range(0, decay + 5, decay // 25), decay - 1, decay, 2 * decay})
     rates = jax.jit(jax.vmap(optimizer.learning_rate(config)))(np.array(updates))
     np.testing.assert_allclose(
