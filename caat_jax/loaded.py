@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 from caat_jax.checkpoints import checkpoints
 from caat_jax.checkpoints.trained import TrainedModel, restore_model
 from caat_jax.config import user_paths
+from caat_jax.config.architecture import checked_sync_factors
 from caat_jax.config.resolve import check_mesh
-from caat_jax.config.sections import MeshConfig
+from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.token_cache import PADDING
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.devices import sharding
@@ -33,7 +34,7 @@ def load(
     *,
     mesh: Mapping[str, int] | None = None,
     tp_shards: int | None = None,
-    sync_factor: float | None = None,
+    sync_factor: float | Sequence | None = None,
 ) -> "LoadedModel":
     """Loads a model onto this machine's devices, whatever it was trained on.
 
@@ -43,14 +44,13 @@ def load(
         be smaller than the number of devices.  By default all devices are used, as many as
         possible for `model`.
       tp_shards: S of a Llama in Hugging Face's format, by default 1; a run has its own.
-      sync_factor: p of every sublayer instead of the model's own: another function.
+      sync_factor: instead of the model's own: p of every sublayer, or of each layer as
+        `model.sync_factor_per_layer` has them.  It is another function.
 
     Raises:
       InputError: there is no model, or it does not fit what is given.
     """
     folder = user_paths.expanded("path", os.fspath(path))
-    if sync_factor is not None and not 0 <= sync_factor <= 1:
-        raise InputError(f"sync_factor={sync_factor} is outside [0, 1]")
     sizes = dict(data=-1, fsdp=1, model=-1) if mesh is None else dict(data=1, fsdp=1, model=1)
     if unknown := set(mesh or ()) - set(sizes):
         raise InputError(f"mesh has no axis {unknown.pop()!r}; there are {', '.join(sizes)}")
@@ -59,21 +59,26 @@ def load(
     if mesh is not None:
         devices = devices[: sizes.data * sizes.fsdp * sizes.model]
     if (folder / llama_config.FILE).is_file():
-        shards, p = tp_shards or 1, 1.0 if sync_factor is None else sync_factor
+        shards = tp_shards or 1
         check_mesh(sizes, shards)
-        return LoadedModel(
-            importing.read_llama(
-                folder, tp_shards=shards, sync_factor=p, sizes=sizes, devices=devices
-            )
+        model = importing.read_llama(
+            folder, tp_shards=shards, sync_factor=1.0, sizes=sizes, devices=devices
         )
+        config = _with_sync_factor(model.config, sync_factor)
+        return LoadedModel(dataclasses.replace(model, config=config))
     if tp_shards is not None:
         raise InputError(f"tp_shards={tp_shards}: the run in {folder} has its own")
     step, config = checkpoints.newest_config(folder)
-    if sync_factor is not None:
-        config = config.with_sync_factor(sync_factor)
+    config = _with_sync_factor(config, sync_factor)
     check_mesh(sizes, config.model.tp_shards)
     config = dataclasses.replace(config, mesh=sizes)
     return LoadedModel(restore_model(folder, step, config, devices))
+
+
+def _with_sync_factor(config: Config, given: float | Sequence | None) -> Config:
+    if given is None:
+        return config
+    return config.with_sync_factors(checked_sync_factors("sync_factor", given, config.model.layers))
 
 
 class LoadedModel:

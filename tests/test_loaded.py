@@ -61,6 +61,14 @@ def test_another_sync_factor_is_another_function(run):
     np.testing.assert_allclose(model.logits(TOKENS), expected.logits, atol=1e-5)
 
 
+def test_another_sync_factor_in_one_layer(run):
+    workdir, config, parameters = run
+    model = caat_jax.load(workdir, mesh=dict(model=1), sync_factor=[0.5, (1, 0)])
+    method = models.method(config.with_sync_factors(((0.5, 0.5), (1.0, 0.0))))
+    expected = reference.forward(parameters, TOKENS, **method)
+    np.testing.assert_allclose(model.logits(TOKENS), expected.logits, atol=1e-5)
+
+
 def test_llama_in_hugging_face_format(tmp_path):
     """At p = 1 the same function, whatever S; at p < 1 the one that an import is."""
     parameters = llama_by_hand(tmp_path / "llama")
@@ -80,6 +88,7 @@ def test_llama_in_hugging_face_format(tmp_path):
     "arguments, said",
     [
         (dict(sync_factor=1.5), "sync_factor=1.5 is outside"),
+        (dict(sync_factor=[1, 0.5, 0]), "sync_factor has 3 entries"),
         (dict(tp_shards=4), "the run in .* has its own"),
         (dict(mesh=dict(models=8)), "mesh has no axis 'models'"),
         (dict(mesh=dict(model=3)), "mesh.model=3 does not divide model.tp_shards=8"),

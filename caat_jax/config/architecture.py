@@ -134,9 +134,9 @@ def checked_architecture(model: dict[str, Any]) -> Architecture:
     _check_rope_scaling(model)
     factor, per_layer = model.pop("sync_factor"), model.pop("sync_factor_per_layer")
     if per_layer:
-        factors = _sync_factors("model.sync_factor_per_layer", per_layer, model["layers"])
+        factors = checked_sync_factors("model.sync_factor_per_layer", per_layer, model["layers"])
     else:
-        factors = _sync_factors("model.sync_factor", factor, model["layers"])
+        factors = checked_sync_factors("model.sync_factor", factor, model["layers"])
     return Architecture(**model, sync_factors=factors)
 
 
@@ -165,12 +165,12 @@ def checked_schedule(stages: Sequence, layers: int) -> tuple[Stage, ...]:
             )
         until, factor = stage
         at_least(f"{name}: last step", until, resolved[-1].until + 1 if resolved else 0)
-        factors = _sync_factors(f"{name} (to step {until})", factor, layers)
+        factors = checked_sync_factors(f"{name} (to step {until})", factor, layers)
         resolved.append(Stage(until, factors))
     return tuple(resolved)
 
 
-def _sync_factors(name: str, given: float | Sequence, layers: int) -> SyncFactors:
+def checked_sync_factors(name: str, given: float | Sequence, layers: int) -> SyncFactors:
     """Of one factor for every sublayer, or of an entry for each layer."""
     entries = tuple(given) if isinstance(given, (tuple, list)) else (given,) * layers
     if len(entries) != layers:
