@@ -11,7 +11,6 @@ import io
 import itertools
 import math
 import statistics
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,29 +18,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from caat_jax import figures, files
+from caat_jax import files
 from caat_jax.communication import traced_programs
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import sharding
-from caat_jax.figures import COLOURS
-from caat_jax.sweep import protocol
+from caat_jax.sweep import picture, protocol
 from caat_jax.sweep.plan import Plan, Run
 from caat_jax.sweep.protocol import Verdict
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 RUNS_FOLDER = "runs"
 RESULT_FILE = "result.json"
 RESULTS_FILE = "results.csv"
 SUMMARY_FILE = "summary.csv"
+PICTURE_FILE = "sweep.png"
 
 CONFIDENCE = 0.95
-
-_LEGEND_CHARACTERS = 170  # that fit side by side, about
 
 
 class Result(NamedTuple):
@@ -135,8 +132,21 @@ def write(plan: Plan, workdir: Path) -> str:
     summaries = summarise(plan, results)
     rows = [(*s[1:-1], s.verdict and s.verdict.word) for s in summaries]
     _write_csv(workdir / SUMMARY_FILE, plan, Summary, summaries, rows)
-    _plot(plan, summaries, results, workdir)
-    return table(plan, summaries)
+    picture.plot(plan, summaries, _curves(plan, results), workdir / PICTURE_FILE)
+    names = f"{RESULTS_FILE}, {SUMMARY_FILE}, {PICTURE_FILE}"
+    return f"{table(plan, summaries)}\n\nIn {workdir}: {names}"
+
+
+def _curves(plan: Plan, results: Sequence[Result]) -> dict[tuple[Any, ...], picture.Curve]:
+    """By setting: the mean losses over its seeds."""
+    configs = {run.setting: run.config for run in plan.runs}
+    curves = {}
+    for setting, found in _by_setting(results).items():
+        steps = evaluated_steps(configs[setting])
+        sent = [wire_bytes(configs[setting], step) for step in steps]
+        losses = np.mean([result.losses for result in found.values()], axis=0)
+        curves[setting] = picture.Curve(steps, sent, losses)
+    return curves
 
 
 def undecided_runs(plan: Plan, pairs: int, workdir: Path) -> list[Run]:
@@ -308,87 +318,3 @@ def _write_csv(
     writer.writerow([*plan.fields, *columns._fields[1:]])
     writer.writerows([*r.setting, *c] for r, c in zip(rows, cells, strict=True))
     files.write(path, text.getvalue())
-
-
-@figures.style()
-def _plot(
-    plan: Plan, summaries: Sequence[Summary], results: Sequence[Result], workdir: Path
-) -> None:
-    """`sweep.png`: the loss by setting, over the steps, and over the bytes sent."""
-    from matplotlib.ticker import EngFormatter
-
-    figure = figures.new(15, 5.8)
-    by_value, over_steps, over_bytes = figure.subplots(1, 3)
-    _plot_by_value(by_value, plan, summaries)
-    place = plan.fields.index(plan.compared)
-    values = list(dict.fromkeys(s.setting[place] for s in summaries))
-    others = list(dict.fromkeys(_others(plan, s.setting) for s in summaries))
-    for summary in summaries:
-        config = next(run.config for run in plan.runs if run.setting == summary.setting)
-        steps = evaluated_steps(config)
-        losses = np.mean([r.losses for r in results if r.setting == summary.setting], axis=0)
-        look = dict(
-            color=COLOURS[values.index(summary.setting[place]) % len(COLOURS)],
-            linestyle=("-", "--", ":", "-.")[others.index(_others(plan, summary.setting)) % 4],
-            label=_label(plan.fields, summary.setting),
-            linewidth=1.5,
-        )
-        over_steps.plot(steps, losses, **look)
-        sent = [wire_bytes(config, step) for step in steps]
-        over_bytes.plot(sent, losses, **look)
-    last = [s.loss for s in summaries if math.isfinite(s.loss)]
-    for panel in (over_steps, over_bytes):
-        if last:
-            # The first losses are high and alike: they would hide the differences.
-            low, high = min(last), max(last)
-            panel.set_ylim(low - 0.02 * low, high + max(0.25 * high, high - low))
-    over_steps.set(xlabel="step", title="Validation loss over the steps")
-    over_bytes.set(
-        xlabel="bytes that one of S devices sent",
-        title="The same over the bytes sent",
-        xscale="log",
-    )
-    handles, labels = over_steps.get_legend_handles_labels()
-    columns = max(1, _LEGEND_CHARACTERS // max(map(len, labels)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    over_bytes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
-    over_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for panel in (by_value, over_steps, over_bytes):
-        panel.set_ylabel("nats per token")
-    figures.save(figure, workdir / "sweep.png")
-
-
-def _plot_by_value(panel: "Axes", plan: Plan, summaries: Sequence[Summary]) -> None:
-    """The last loss against the compared field, a line for each setting of the other fields."""
-    place = plan.fields.index(plan.compared)
-    values = list(dict.fromkeys(s.setting[place] for s in summaries))
-    numeric = all(isinstance(value, int | float) for value in values)
-    at = {value: value if numeric else n for n, value in enumerate(values)}
-    lines: dict[tuple, list[Summary]] = {}
-    for summary in summaries:
-        lines.setdefault(_others(plan, summary.setting), []).append(summary)
-    for number, (others, line) in enumerate(lines.items()):
-        line.sort(key=lambda s: at[s.setting[place]])
-        names = [field for field in plan.fields if field != plan.compared]
-        panel.errorbar(
-            [at[s.setting[place]] for s in line],
-            [s.loss for s in line],
-            yerr=[s.spread for s in line],
-            label=textwrap.fill(_label(names, others), 40) or None,
-            capsize=3,
-            **figures.line(number),
-        )
-    if not numeric:
-        panel.set_xticks(list(at.values()), [str(value) for value in values], fontsize=8)
-    panel.set(xlabel=_short(plan.compared), title="Last validation loss; bars: spread over seeds")
-    if len(plan.fields) > 1:
-        panel.legend(fontsize=8)
-
-
-def _others(plan: Plan, setting: tuple[Any, ...]) -> tuple[Any, ...]:
-    place = plan.fields.index(plan.compared)
-    return setting[:place] + setting[place + 1 :]
-
-
-def _label(fields: Sequence[str], values: Sequence[Any]) -> str:
-    return ", ".join(f"{_short(f)}={v}" for f, v in zip(fields, values, strict=True))
