@@ -31,6 +31,7 @@ class Sizes:
     train_batch: int  # 0: nothing is trained
     train_length: int
     generations: tuple[Generation, ...]
+    scan_layers: bool = False  # as `compute.scan_layers`
 
     @classmethod
     def from_json(cls, text: str) -> "Sizes":
@@ -61,7 +62,9 @@ def config_of(factors: str, hosts: int, sizes: Sizes, wire: str = "float32") -> 
         config.model.sync_factor_per_layer = chosen
     else:
         config.model.sync_factor = float(chosen)
-    config.compute.update(scan_layers=False, forward_wire_dtype=wire, backward_wire_dtype=wire)
+    config.compute.update(
+        scan_layers=sizes.scan_layers, forward_wire_dtype=wire, backward_wire_dtype=wire
+    )
     config.mesh.update(data=1, fsdp=1, model=hosts)
     config.train.global_batch = max(sizes.train_batch, 1)
     longest = max((g.prompt_length + g.new_tokens for g in sizes.generations), default=0)

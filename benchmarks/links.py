@@ -26,7 +26,6 @@ import json
 import math
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,6 +70,7 @@ PEER_PYTHON = flags.DEFINE_string(
 )
 NO_BASELINES = flags.DEFINE_bool("no_baselines", False, "Leave out the dense model under jit.")
 LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the model.", 1)
+SCAN_LAYERS = flags.DEFINE_bool("scan_layers", False, "Compile equal layers as one loop: sooner.")
 EMBED_DIM = flags.DEFINE_integer("embed_dim", 256, "Width; the MLP is three times as wide.", 8)
 TRAIN_BATCH = flags.DEFINE_integer("train_batch", 2, "Sequences in a training step.", 1)
 LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a training sequence.", 8)
@@ -119,11 +119,9 @@ def main() -> None:
         for rate, megabits in rates.items():
             hosts.set_rate(megabits)
             _measure(measured, rate, systems)
-            about.setdefault("hop_ms", {})[rate] = hop = _hop(systems[0])
-            measured.predictions |= {
-                (rate, *system_and_part): _predicted(work, megabits, hop)
-                for system_and_part, work in works.items()
-            }
+            for system_and_part, work in works.items():
+                time = _predicted(work, megabits, measured.hop(rate))
+                measured.predictions[rate, *system_and_part] = time
             links_report.print_rate(measured, rate)
             # After every rate, since a run may be cut off.
             links_report.write(measured, about, Path(OUTPUT.value))
@@ -148,6 +146,7 @@ def _sizes() -> Sizes:
         generations=tuple(map(_generation, GENERATE.value))
         if set(WORKLOAD.value) - {"train"}
         else (),
+        scan_layers=SCAN_LAYERS.value,
     )
 
 
@@ -242,11 +241,6 @@ def _predicted(work: Workload, megabits: float | None, hop: float) -> float:
     return 1000 * model.predict(work, chip).step(overlap=True)
 
 
-def _hop(system: "System") -> float:
-    """The median of the milliseconds of a hop."""
-    return statistics.median(system.run(HOP)[HOP] for _ in range(ROUNDS.value + 1))
-
-
 class Workers:
     """One process on each host; they run a workload together when asked."""
 
@@ -339,6 +333,7 @@ def _measure(measured: Measurements, rate: str, systems: list[System]) -> None:
     total = (ROUNDS.value + 1) * len(asked) + len(profiled)
     with tqdm.tqdm(total=total, disable=None, leave=False) as bar:
         for number in range(ROUNDS.value + 1):
+            measured.hops.setdefault(rate, []).append(systems[0].run(HOP)[HOP])
             for system, workload in order.sample(asked, len(asked)):
                 bar.set_description(f"{rate}, {system.name}, {workload}")
                 for part, milliseconds in system.run(workload).items():

@@ -35,11 +35,16 @@ class Measurements:
         self.rates, self.wire_bytes = rates, wire_bytes
         self.times: dict[tuple[str, str, str], list[float]] = {}
         self.predictions: dict[tuple[str, str, str], float] = {}  # milliseconds
+        self.hops: dict[str, list[float]] = {}  # by rate; milliseconds, first and later rounds
         self.profiles: dict[tuple[str, str, str], dict[str, float]] = {}
 
     def add_time(self, rate: str, system: str, part: str, milliseconds: float) -> None:
         """Adds the time of one more round."""
         self.times.setdefault((rate, system, part), []).append(milliseconds)
+
+    def hop(self, rate: str) -> float:
+        """The median milliseconds from one host to the next."""
+        return statistics.median(self.hops[rate])
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each part, rate and system; times in milliseconds."""
@@ -121,7 +126,8 @@ def write(measured: Measurements, about: dict[str, Any], output: Path) -> None:
     paths = [output.with_name(output.name + suffix) for suffix in (".json", ".csv", ".md", ".png")]
     json_path, csv_path, markdown_path, png_path = paths
     rows = measured.rows()
-    json_path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    hops = {rate: measured.hop(rate) for rate in measured.hops}
+    json_path.write_text(json.dumps(about | {"hop_ms": hops, "rows": rows}, indent=1) + "\n")
     markdown_path.write_text("\n".join(markdown_tables(rows).values()))
     with csv_path.open("w", newline="") as file:
         names = list(dict.fromkeys(name for row in rows for name in row))
