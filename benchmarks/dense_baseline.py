@@ -27,17 +27,21 @@ def from_stacked(parameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_train_step(optimizer: optax.GradientTransformation, **settings: Any) -> Callable:
+def make_train_step(
+    optimizer: optax.GradientTransformation, dtype: str = "float32", **settings: Any
+) -> Callable:
     """Compiled (parameters, optimizer state, tokens [B, T + 1]) -> (both updated, loss).
 
     Args:
       optimizer: an Optax optimizer.
+      dtype: of activations and products.
       settings: keyword arguments of `forward`.
     """
 
     def loss(parameters: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        parameters = jax.tree.map(lambda w: w.astype(dtype), parameters)
         logits_BTV = forward(parameters, tokens[:, :-1], **settings)
-        log_probabilities = jax.nn.log_softmax(logits_BTV)
+        log_probabilities = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
         return -jnp.mean(jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1))
 
     def train_step(parameters, optimizer_state, tokens):

@@ -37,6 +37,12 @@ def covering_pairs(cases):
 
 
 def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
+    found = errors(config, sequences, length, seed)
+    assert not {name: error for name, error in found.items() if not error <= tolerance}
+
+
+def errors(config, sequences=4, length=10, seed=0):
+    """Of loss, logits and every gradient, of each tensor's largest magnitude."""
     arch = config.model
     parameters = reference.random_parameters(
         seed,
@@ -67,15 +73,13 @@ def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
         models.programs(config), parameters, rows
     )
     expected_logits = reference.forward(parameters, inputs, **method).logits
-    errors = jax.tree.map(models.relative_error, gradients, expected)
-    errors["loss"] = abs(loss - expected_loss) / expected_loss
-    errors["logits"] = models.relative_error(logits, expected_logits)
-    too_large = {
+    found = jax.tree.map(models.relative_error, gradients, expected)
+    found["loss"] = abs(loss - expected_loss) / expected_loss
+    found["logits"] = models.relative_error(logits, expected_logits)
+    return {
         jax.tree_util.keystr(path): error
-        for path, error in jax.tree_util.tree_leaves_with_path(errors)
-        if not error <= tolerance
+        for path, error in jax.tree_util.tree_leaves_with_path(found)
     }
-    assert not too_large
 
 
 def rope_scaling(arch):
