@@ -334,7 +334,6 @@ def quality(folder: Path, rehearse: bool) -> Results:
         command += [
             *(f"--config.run.model.{name}={size}" for name, size in SMALL_STUDY.items()),
             "--config.run.data.sequence_length=32",
-            "--config.run.data.holdout_every=300",
             "--config.run.train.steps=8",
             "--config.run.train.eval_every=4",
             "--config.run.optimizer.warmup_steps=2",
