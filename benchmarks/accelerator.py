@@ -27,30 +27,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+from benchmarks.accelerator_results import STAGES, as_tables, read
 from benchmarks.workers import ROOT
 from caat_jax import command_line
 
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write.", required=True)
 _MINUTES = flags.DEFINE_float("minutes", 25.0, "For all stages together.", lower_bound=0.1)
 _REHEARSE = flags.DEFINE_bool("rehearse", False, "Tiny models, on any machine.")
-
-STAGES = (
-    "device",
-    "reference",
-    "train_130m",
-    "train_1b",
-    "torch_train",
-    "generate",
-    "torch_generate",
-    "schedule",
-    "quality",
-)
 
 
 def main() -> None:
@@ -96,33 +84,6 @@ def _run(stage: str, seconds: float, results: Path, folder: Path) -> str | None:
         last = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
         return f"ended with code {process.returncode}: {''.join(last)[:300]}"
     return None
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """All results so far, in order."""
-    if not results.exists():
-        return []
-    return [json.loads(line) for line in results.read_text().splitlines()]
-
-
-def as_tables(records: Iterable[dict[str, Any]]) -> str:
-    """Markdown: a table for each stage, and the errors."""
-    parts = []
-    stages: dict[str, list[dict]] = {}
-    for record in records:
-        stages.setdefault(record["stage"], []).append(record)
-    for stage, found in stages.items():
-        names = list(dict.fromkeys(k for record in found for k in record if k != "stage"))
-        rows = [names, ["---"] * len(names)]
-        rows += [[_cell(record.get(name, "")) for name in names] for record in found]
-        parts.append(f"## {stage}\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows))
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value).replace("|", "/").replace("\n", " ")
 
 
 def _append(results: Path, record: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from benchmarks import accelerator, accelerator_stages
+from benchmarks import accelerator_results, accelerator_stages
 from benchmarks.workers import ROOT
 
 
 def test_every_stage_is_there():
-    assert set(accelerator.STAGES) == set(accelerator_stages.BY_NAME)
+    assert set(accelerator_results.STAGES) == set(accelerator_stages.BY_NAME)
 
 
 def test_a_stage_gives_results_that_are_tables(tmp_path):
@@ -23,7 +23,7 @@ def test_a_stage_gives_results_that_are_tables(tmp_path):
     ]
     assert [r["system"] for r in records[1:]] == ["caat_jax, p = 1", "caat_jax, p = 0.5"] * 2
     assert all(r["tokens_per_second"] > 0 for r in records[1:])
-    table = accelerator.as_tables(json.loads(json.dumps(records)))
+    table = accelerator_results.as_tables(json.loads(json.dumps(records)))
     assert "## generate\n\n| system | batch |" in table
     assert table.count("\n| caat_jax, p = 0.5 |") == 2
 
@@ -37,12 +37,12 @@ def test_rehearsal(tmp_path):
     def run() -> list[dict]:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
-        return accelerator.read(tmp_path / "results.jsonl")
+        return accelerator_results.read(tmp_path / "results.jsonl")
 
     in_the_way = tmp_path / "quality"
     in_the_way.write_text("where the study's folder belongs")
     records = run()
-    assert {record["stage"] for record in records} == set(accelerator.STAGES)
+    assert {record["stage"] for record in records} == set(accelerator_results.STAGES)
     assert [record["stage"] for record in records if "error" in record] == ["quality"]
     assert all(record.get("ok", True) for record in records)
     in_the_way.unlink()
