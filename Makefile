@@ -6,17 +6,18 @@ VENV := .venv
 CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEVELOPMENT := $(VENV)/.development-installed
+DOCUMENTATION := $(VENV)/.documentation-installed
 # Three at a time, each with files of its own: on two cores, one of them waits now and then for
 # processes that it started.  tests/conftest.py says which files come first.
 PYTEST := bin/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 INSTALL := bin/python -m pip install --quiet --disable-pip-version-check
 # A lock is complete; were it to resolve dependencies again, older pips would meet newer releases.
 INSTALL_LOCK := $(INSTALL) --no-deps --require-hashes
-# The ranges of what the tests need; the requirements for GPUs need a GPU, and are left out.
+# The ranges of what the tests need: neither the site's, nor those of GPUs, which need a GPU.
 RANGES := requirements.txt requirements-tpu.txt requirements-eval.txt \
     requirements-huggingface.txt requirements-dev.txt
 
-.PHONY: help train test test-slow test-newest lock lint format
+.PHONY: help train test test-slow test-newest docs lock lint format
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +25,7 @@ help:
 	@echo "make test         ruff, then the tests that are not slow"
 	@echo "make test-slow    the slow tests"
 	@echo "make test-newest  make test with the newest releases that requirements*.txt admit"
+	@echo "make docs         the documentation site, build/docs/index.html"
 	@echo "make lock         write the newest releases into requirements*.lock"
 	@echo "make lint         ruff: rules and format"
 	@echo "make format       let ruff format the code and fix what it can"
@@ -39,6 +41,10 @@ test: $(DEVELOPMENT)
 
 test-slow: $(DEVELOPMENT)
 	$(VENV)/$(PYTEST) -m slow $(ARGS)
+
+docs: $(DOCUMENTATION)
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m sphinx -q -W -b html docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check .
@@ -87,6 +93,10 @@ $(CREATED):
 $(RUNTIME): requirements.lock $(CREATED)
 	@echo "Installing into $(VENV) (once, about a minute)"
 	@$(VENV)/$(INSTALL_LOCK) -r requirements.lock
+	@touch $@
+
+$(DOCUMENTATION): requirements-docs.txt $(RUNTIME)
+	@$(VENV)/$(INSTALL) -r requirements-docs.txt
 	@touch $@
 
 # The second lock holds the first, so that stamp is written as well.  PyTorch comes last and

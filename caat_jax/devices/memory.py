@@ -1,7 +1,8 @@
 """Refuses what cannot fit into memory before anything is compiled or allocated.
 
 The compiler and the allocator end the process when sizes are far too large.  What is counted here
-is less than any training step takes; a model that passes may still be too large.
+is less than any training step takes (0.26 to 0.76 of what XLA's compiler for CPUs takes at D = 256,
+4 layers, T = 256 and 1,024); a model that passes may still be too large.
 """
 
 import contextlib

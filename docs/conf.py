@@ -1,0 +1,26 @@
+"""The documentation site: `make docs` writes build/docs/index.html, without the network.
+
+Sphinx with MyST, as JAX, Flax, Optax and Orbax use them: pages are the Markdown files of this
+folder, the API comes from docstrings.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+project = "caat_jax"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = "caat_jax"
+html_theme_options = {"source_view_link": "", "top_of_page_buttons": []}
+html_copy_source = False
+exclude_patterns = ["conf.py"]
+
+myst_heading_anchors = 3
+nitpicky = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True}
+add_module_names = False

@@ -1,0 +1,149 @@
+"""Every command in the README and on the pages is run, in a short form, or has a reason not to be.
+
+A page's commands run in their order, in one folder of their own that has what readers have: the
+repository's files, their texts, and the runs that earlier pages made.
+"""
+
+import dataclasses
+import re
+import shlex
+import shutil
+
+import pytest
+
+from tests import models
+from tests.command_line import REPOSITORY, flags_of, run_forked, write_texts
+from tests.huggingface.folders_by_hand import llama_by_hand
+
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))))
+
+# What is not run, by a part of the command, and why.
+NOT_HERE = {
+    "pip install": "installs",
+    "gcloud": "needs an account",
+    "sbatch": "needs Slurm; tests/devices/test_processes.py reads the script",
+    "--process_id=$process": "tests/devices/test_processes.py runs it",
+    "$model": "a loop over commands of which the page has others",
+    "--tasks=": "needs data sets; tests/evaluation/test_harness.py runs the harness",
+    "configs/llama_130m.py --workdir=DIR": "needs a corpus of one's own",
+    "-m benchmarks.": "tests/benchmarks has their short forms",
+    "--topology=h100": "needs the compiler for GPUs",
+    "draw.py": "it would overwrite the picture",
+}
+
+RUN = {
+    "model.layers": 1,
+    "model.embed_dim": 16,
+    "model.mlp_dim": 16,
+    "mesh.simulated_devices": 0,
+    "data.sequence_length": 32,
+    "data.holdout_every": 2,
+    "train.global_batch": 8,
+    "train.eval_sequences": 2,
+}
+# Fields and flags that make a command short, by its script or module; those that it has stay.
+SHORT = {
+    "train.py": flags_of(RUN | {"train.steps": 2}),
+    "caat_jax.communication": flags_of(
+        {"model.layers": 1, "train.accumulation_steps": 1, "train.global_batch": 64}
+    ),
+    "caat_jax.sweep": ["--list"],
+    "caat_jax.sensitivity": ["--sequences=2"],
+    "caat_jax.conversion": ["--calibration_tokens=512", "--held_out_tokens=128"],
+    "generate.py": ["--max_new_tokens=8"],
+    "caat_jax.data.train_tokenizer": ["--vocab_size=300"],
+}
+# What the pages leave to the reader.
+NAMES = {
+    "LLAMA_DIR": "llama",
+    "SRC_DIR": "llama",
+    "EXPORTED_DIR": "exported",
+    "DST_DIR": "exported_too",
+    "WORKDIR": "runs/imported",
+}
+
+
+def commands(page):
+    """Those of its blocks, each as one line."""
+    text = (REPOSITORY / page).read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    starts = r"\s*(python|pip|gcloud|sbatch) "
+    return [" ".join(line.split()) for line in lines if re.match(starts, line)]
+
+
+def reason_not_to(command):
+    return next((reason for part, reason in NOT_HERE.items() if part in command), None)
+
+
+def short(command):
+    """Script and arguments: without what is optional, shortened."""
+    words = shlex.split(re.sub(r"\s\[[^]]*\]", "", command), comments=True)[1:]
+    for name, value in NAMES.items():
+        words = [re.sub(rf"\b{name}\b", value, word) for word in words]
+    module = words.pop(1) if words[0] == "-m" else words[0]
+    given = {word.split("=")[0] for word in words}
+    own_model = any(word.startswith("--config=runs/") for word in words)
+    for flag in SHORT.get(module, []):
+        is_of_model = flag.startswith(("--config.model.", "--config.data.seq"))
+        if flag.split("=")[0] not in given and not (own_model and is_of_model):
+            words.append(flag)
+    words = ["--sequences=2" if word == "--sequences=-1" else word for word in words]
+    if words[0] == "-m":
+        words[0] = module.replace(".", "/")
+        is_package = (REPOSITORY / words[0]).is_dir()
+        words[0] += "/__main__.py" if is_package else ".py"
+    return words
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the repository's files, texts, a Llama and runs."""
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("configs", "docs"):
+        shutil.copytree(REPOSITORY / name, folder / name)
+    books = folder / "books"
+    write_texts(books)
+    (folder / "book.txt").write_text("a book of some words " * 50)
+    shutil.copytree(books, folder / "docs/texts")
+    llama_by_hand(folder / "llama")
+    config = models.small_config(model=dict(layers=1, vocab_size=-1), steps=2)
+    fields = RUN | {"data.files": "books/*.txt", "train.steps": 2, "train.checkpoint_every": 1}
+    tiny = ["train.py", "--config=configs/tiny.py", *flags_of(fields)]
+    assert dataclasses.is_dataclass(config)
+    for name, p in (("tiny", 0.5), ("half", 0.5), ("full", 1)):
+        run(folder, [*tiny, f"--workdir=runs/{name}", f"--config.model.sync_factor={p}"])
+    imported = ["caat_jax/huggingface/__main__.py", "import", "llama", "runs/imported"]
+    run(folder, imported)
+    shutil.copytree(folder / "runs/full", folder / f"runs/sweep/runs/{SWEPT}")
+    return folder
+
+
+SWEPT = "sync_factor_1.0-tp_shards_8-seed_0"
+
+
+def run(folder, words):
+    code, stdout, stderr = run_forked(words, folder)
+    assert code == 0, (words, stdout, stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_of_a_page(made, tmp_path, page):
+    folder = tmp_path / "reader"
+    shutil.copytree(made, folder)
+    for command in commands(page):
+        if reason_not_to(command) is None:
+            words = short(command)
+            for word in words:  # folders that must be new, which the reader's may be
+                name, _, value = word.partition("=")
+                if name == "--output" and not value.endswith((".png", ".json")):
+                    shutil.rmtree(folder / value, ignore_errors=True)
+            if words[:2] == ["caat_jax/huggingface/__main__.py", "import"]:
+                shutil.rmtree(folder / words[3], ignore_errors=True)
+            run(folder, words)
+
+
+def test_reasons_are_needed():
+    every = [command for page in PAGES for command in commands(page)]
+    assert [part for part in NOT_HERE if not any(part in command for command in every)] == []
