@@ -4,16 +4,13 @@ A page's commands run in their order, in one folder of their own that has what r
 repository's files, their texts, and the runs that earlier pages made.
 """
 
-import dataclasses
 import re
 import shlex
 import shutil
 
 import pytest
 
-from tests import models
 from tests.command_line import REPOSITORY, flags_of, run_forked, write_texts
-from tests.huggingface.folders_by_hand import llama_by_hand
 
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))))
 
@@ -25,10 +22,8 @@ NOT_HERE = {
     "--process_id=$process": "tests/devices/test_processes.py runs it",
     "$model": "a loop over commands of which the page has others",
     "--tasks=": "needs data sets; tests/evaluation/test_harness.py runs the harness",
-    "configs/llama_130m.py --workdir=DIR": "needs a corpus of one's own",
     "-m benchmarks.": "tests/benchmarks has their short forms",
     "--topology=h100": "needs the compiler for GPUs",
-    "draw.py": "it would overwrite the picture",
 }
 
 RUN = {
@@ -36,6 +31,7 @@ RUN = {
     "model.embed_dim": 16,
     "model.mlp_dim": 16,
     "mesh.simulated_devices": 0,
+    "data.files": "books/*.txt",
     "data.sequence_length": 32,
     "data.holdout_every": 2,
     "train.global_batch": 8,
@@ -49,7 +45,11 @@ SHORT = {
     ),
     "caat_jax.sweep": ["--list"],
     "caat_jax.sensitivity": ["--sequences=2"],
-    "caat_jax.conversion": ["--calibration_tokens=512", "--held_out_tokens=128"],
+    "caat_jax.conversion": [
+        "--files=books/*.txt",
+        "--calibration_tokens=128",
+        "--held_out_tokens=64",
+    ],
     "generate.py": ["--max_new_tokens=8"],
     "caat_jax.data.train_tokenizer": ["--vocab_size=300"],
 }
@@ -98,23 +98,19 @@ def short(command):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with the repository's files, texts, a Llama and runs."""
+    """A folder with the repository's files, texts, runs and a Llama."""
     folder = tmp_path_factory.mktemp("made")
     for name in ("configs", "docs"):
         shutil.copytree(REPOSITORY / name, folder / name)
-    books = folder / "books"
-    write_texts(books)
+    write_texts(folder / "books")
+    shutil.copytree(folder / "books", folder / "docs/texts")
     (folder / "book.txt").write_text("a book of some words " * 50)
-    shutil.copytree(books, folder / "docs/texts")
-    llama_by_hand(folder / "llama")
-    config = models.small_config(model=dict(layers=1, vocab_size=-1), steps=2)
-    fields = RUN | {"data.files": "books/*.txt", "train.steps": 2, "train.checkpoint_every": 1}
-    tiny = ["train.py", "--config=configs/tiny.py", *flags_of(fields)]
-    assert dataclasses.is_dataclass(config)
+    tiny = ["train.py", "--config=configs/tiny.py", *SHORT["train.py"]]
     for name, p in (("tiny", 0.5), ("half", 0.5), ("full", 1)):
         run(folder, [*tiny, f"--workdir=runs/{name}", f"--config.model.sync_factor={p}"])
-    imported = ["caat_jax/huggingface/__main__.py", "import", "llama", "runs/imported"]
-    run(folder, imported)
+    huggingface = "caat_jax/huggingface/__main__.py"
+    run(folder, [huggingface, "export", "runs/full", "llama"])
+    run(folder, [huggingface, "import", "llama", "runs/imported"])
     shutil.copytree(folder / "runs/full", folder / f"runs/sweep/runs/{SWEPT}")
     return folder
 
@@ -127,6 +123,16 @@ def run(folder, words):
     assert code == 0, (words, stdout, stderr)
 
 
+def made_anew(words):
+    """The folders that a command makes, or goes on with, which a reader does not have yet."""
+    flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    if words[0] == "train.py" and flags["--config"].startswith("configs/"):
+        return [flags["--workdir"]]
+    if words[0] == "caat_jax/conversion/__main__.py":
+        return [flags["--output"]]
+    return [words[3]] if words[1] in ("import", "export") else []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_commands_of_a_page(made, tmp_path, page):
@@ -135,12 +141,8 @@ def test_commands_of_a_page(made, tmp_path, page):
     for command in commands(page):
         if reason_not_to(command) is None:
             words = short(command)
-            for word in words:  # folders that must be new, which the reader's may be
-                name, _, value = word.partition("=")
-                if name == "--output" and not value.endswith((".png", ".json")):
-                    shutil.rmtree(folder / value, ignore_errors=True)
-            if words[:2] == ["caat_jax/huggingface/__main__.py", "import"]:
-                shutil.rmtree(folder / words[3], ignore_errors=True)
+            for name in made_anew(words):
+                shutil.rmtree(folder / name, ignore_errors=True)
             run(folder, words)
 
 
