@@ -29,7 +29,7 @@ from caat_jax import figures
 
 OUTPUT = Path(os.environ.get("EXAMPLES_OUTPUT", tempfile.mkdtemp()))
 STEPS = os.environ.get("EXAMPLES_STEPS", "300")
-TEXTS = os.environ.get("TEXTS", f"{Path(os.__file__).parent}/json/*.py")
+TEXTS = os.environ.get("TEXTS", f"{Path(os.__file__).parent}/*.py")
 SHARDS = 4
 
 
