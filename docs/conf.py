@@ -18,7 +18,7 @@ html_copy_source = False
 exclude_patterns = ["conf.py"]
 
 myst_heading_anchors = 3
-nitpicky = False
+default_role = "literal"  # `name` in docstrings
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
