@@ -12,7 +12,7 @@
 # Converts a dense Llama for several p without training, and plots the loss against the bytes that a
 # token costs.  Set `LLAMA` to a folder with `config.json`, safetensors files and a tokeniser, and
 # `TEXTS` to a pattern of text files; otherwise a small Llama is trained first on the source of
-# Python's standard library, which takes about two minutes of four on two cores.
+# Python's standard library, which takes most of the few minutes.
 
 # %%
 import os

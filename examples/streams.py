@@ -10,8 +10,9 @@
 # # What the streams of a CAAT-Net hold
 #
 # Trains a small model with half of its channels private, looks at the streams of its shards, and
-# takes the synchronisation away from one layer at a time.  About two minutes on two cores; open it
-# in Jupyter with jupytext, or run it as it is: `python examples/streams.py`.
+# takes the synchronisation away from one layer at a time.  Open it in
+# Jupyter with jupytext, or run it as it is: `python examples/streams.py`, a few minutes on two
+# cores.
 
 # %%
 import os

@@ -76,7 +76,7 @@ def commands(page):
     text = (REPOSITORY / page).read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    starts = r"\s*(python|pip|gcloud|sbatch) "
+    starts = r"\s*(python|cp|pip|gcloud|sbatch) "
     return [" ".join(line.split()) for line in lines if re.match(starts, line)]
 
 
@@ -110,7 +110,7 @@ def short(command):
 def made(tmp_path_factory):
     """A folder with the repository's files, texts, runs and a Llama."""
     folder = tmp_path_factory.mktemp("made")
-    for name in ("configs", "docs"):
+    for name in ("caat_jax", "configs", "docs"):
         shutil.copytree(REPOSITORY / name, folder / name)
     write_texts(folder / "books")
     shutil.copytree(folder / "books", folder / "docs/texts")
@@ -149,7 +149,10 @@ def test_commands_of_a_page(made, tmp_path, page):
     folder = tmp_path / "reader"
     shutil.copytree(made, folder)
     for command in commands(page):
-        if reason_not_to(command) is None:
+        if command.startswith("cp -r "):
+            source, copy = command.split()[2:]
+            shutil.copytree(folder / source, folder / copy)
+        elif reason_not_to(command) is None:
             words = short(command)
             for name in made_anew(words):
                 shutil.rmtree(folder / name, ignore_errors=True)
