@@ -6,7 +6,14 @@ import pytest
 
 from caat_jax.sweep import plan as sweep_plan
 from caat_jax.sweep import report
-from configs import sweep, sweep_half, sweep_quarter, sweep_wires
+from configs import (
+    equivalence,
+    equivalence_rates,
+    sweep,
+    sweep_half,
+    sweep_quarter,
+    sweep_wires,
+)
 from tests.command_line import REPOSITORY
 
 PAGE = (REPOSITORY / "docs/quality.md").read_text()
@@ -29,12 +36,19 @@ def results_of(name, plan):
 
 @pytest.mark.parametrize(
     ("name", "module"),
-    [("sweep", sweep), ("half", sweep_half), ("quarter", sweep_quarter), ("wires", sweep_wires)],
+    [
+        ("equivalence", equivalence),
+        ("equivalence_rates", equivalence_rates),
+        ("sweep", sweep),
+        ("half", sweep_half),
+        ("quarter", sweep_quarter),
+        ("wires", sweep_wires),
+    ],
 )
 def test_tables_are_those_of_the_results(name, module):
     plan = sweep_plan.resolve(module.get_config())
     results = results_of(name, plan)
-    assert len(results) == len(plan.runs)
+    assert len(results) == (40 if name == "equivalence" else len(plan.runs))
     assert report.table(plan, report.summarise(plan, results)) in PAGE
 
 
