@@ -335,6 +335,8 @@ def test_config_file_sets_only_what_differs_from_base(tmp_path):
         # What resolving works out, and the factors.
         "model.head_dim",
         "compute.forward_wire_dtype",
+        "optimizer.warmup_steps",
+        "optimizer.cooldown_steps",
         "optimizer.decay_steps",
         "model.sync_factor_per_layer",
     ]

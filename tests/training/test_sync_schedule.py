@@ -197,7 +197,7 @@ def test_run_goes_on_bit_for_bit(
     assert_same_run(workdir, finished[0], programs_of(make_config()))
     later = [FACTORS[n] for n in range(step + 1, STEPS + 1)]
     assert compiling.factors == list(dict.fromkeys(later))
-    assert f"{described}; 8 cpu" in capsys.readouterr().err
+    assert f"{described}\n8 cpu" in capsys.readouterr().err
 
 
 def test_run_stopped_at_the_end_of_a_stage(make_config, tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_imported_llama_becomes_a_caat_net(tmp_path, capsys):
     _, *command = shlex.split(printed)
     flags = [*flags_of(fields), *shlex.split(documented[0])]
     code, trained, stderr = run_forked([*command, *flags], tmp_path)
-    assert code == 0 and "S=4, p=0.5;" in stderr, stderr
+    assert code == 0 and "S=4, p=0.5\n" in stderr, stderr
 
     step, config = checkpoint.newest_config(workdir)
     assert (step, config.model.sync_factors) == (2, HALF)
