@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import accelerator_peers, dense_baseline
+from benchmarks.accelerator_results import STAGES
 from caat_jax.communication import exposure
 from caat_jax.communication.audit import audit
 from caat_jax.communication.collectives import LAYER_LOOP
@@ -344,20 +345,7 @@ def quality(folder: Path, rehearse: bool) -> Results:
     yield {"report": finished.stdout.strip()}
 
 
-BY_NAME = {
-    stage.__name__: stage
-    for stage in (
-        device,
-        reference,
-        train_130m,
-        train_1b,
-        torch_train,
-        generate,
-        torch_generate,
-        schedule,
-        quality,
-    )
-}
+BY_NAME = {name: globals()[name] for name in STAGES}
 
 
 if __name__ == "__main__":

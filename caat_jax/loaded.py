@@ -156,6 +156,6 @@ class LoadedModel:
         vocabulary = self.config.model.vocab_size
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
             raise InputError(f"tokens must lie within [0, {vocabulary})")
-        missing = -len(tokens) % sharding.batch_parts(self.mesh)
+        missing = -len(tokens) % sharding.data_parallel_size(self.mesh)
         tokens = np.pad(tokens, ((0, missing), (0, 0)), constant_values=fill)
         return jax.device_put(tokens.astype(np.int32), self._programs.batch_sharding)

@@ -102,7 +102,7 @@ def _how_long(config: Config) -> str:
 
 def _sizes(config: Config, mesh: Mesh) -> tuple[int, int]:
     """--batch and --length, or their defaults."""
-    ways = sharding.batch_parts(mesh)
+    ways = sharding.data_parallel_size(mesh)
     batch = ways if _BATCH.value is None else _BATCH.value
     length = config.data.sequence_length if _LENGTH.value is None else _LENGTH.value
     if batch < 1 or batch % ways:

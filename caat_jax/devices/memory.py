@@ -49,7 +49,7 @@ def check_training(config: Config, mesh: Mesh, attention: str) -> None:
 def _remedy(config: Config, mesh: Mesh, attention: str, available: float) -> str:
     """The first of some changes that leave the function as it is and make a step fit, or may."""
     train, compute = config.train, config.compute
-    most = train.global_batch // sharding.batch_parts(mesh)
+    most = train.global_batch // sharding.data_parallel_size(mesh)
     parts = [train.accumulation_steps]
     while most % (2 * parts[-1]) == 0:
         parts.append(2 * parts[-1])
@@ -80,7 +80,7 @@ def parameter_count(model: Architecture) -> int:
 def least_training_bytes(config: Config, mesh: Mesh, attention: str) -> int:
     """Of one device: the state, the batch, and what is largest of the rest."""
     train, length = config.train, config.data.sequence_length
-    parts = sharding.batch_parts(mesh)
+    parts = sharding.data_parallel_size(mesh)
     batch = _INT32_BYTES * train.global_batch * (length + 1) // parts
     split = mesh.shape["fsdp"] * mesh.shape["model"]
     parameters = _FLOAT32_BYTES * parameter_count(config.model) // split

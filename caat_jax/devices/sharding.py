@@ -130,7 +130,7 @@ def shapes_on_mesh(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def batch_parts(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
     """Into how many parts the mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXIS_RULES["batch"])
 

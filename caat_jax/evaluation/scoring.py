@@ -48,7 +48,7 @@ class Scorer:
         Raises:
           InputError: the rows do not divide over the mesh.
         """
-        ways = sharding.batch_parts(programs.mesh)
+        ways = sharding.data_parallel_size(programs.mesh)
         if rows < 1 or rows % ways:
             raise InputError(
                 f"--batch_size={rows} must be a multiple of {ways}, the parts that mesh.data times"

@@ -56,7 +56,7 @@ class Generator:
         self.programs = InferencePrograms(config, mesh)
         ids = config.model.vocab_size - config.model.vocab_padding
         self._vocabulary = ids if vocabulary is None else vocabulary
-        self._rows_multiple = sharding.batch_parts(mesh)
+        self._rows_multiple = sharding.data_parallel_size(mesh)
         self._weights = wait_if_simulated(self.programs.prepare(parameters))
 
     def generate(

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -28,9 +28,6 @@ from caat_jax.sweep.plan import Plan, Run
 from caat_jax.sweep.protocol import Verdict
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
-
-if TYPE_CHECKING:
-    pass
 
 RUNS_FOLDER = "runs"
 RESULT_FILE = "result.json"

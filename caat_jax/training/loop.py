@@ -17,7 +17,7 @@ from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.data import carried_tokenizer
 from caat_jax.data.loader import TrainBatches, train_batches
-from caat_jax.data.token_cache import TokenSequences, open_cache
+from caat_jax.data.token_cache import TokenCache, TokenSequences, open_cache
 from caat_jax.devices import memory, processes, sharding
 from caat_jax.devices.dispatch import one_program_at_a_time
 from caat_jax.devices.processes import StopRequest
@@ -61,13 +61,7 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
             checkpoints.check_architecture(newest, config.at_step(newest))
         begun_with = None if newest is None else checkpoints.batches_state(newest).get("tokens")
         cache = open_cache(config.data, tokenizer, begun_with=begun_with)
-        processes.check_same(
-            {
-                "the corpus in tokens": cache.train.fingerprint,
-                "the number of training sequences": len(cache.train),
-                "the number of validation sequences": len(cache.validation),
-            }
-        )
+        _check_same_corpus(cache)
         batches = train_batches(
             cache.train,
             global_batch=config.train.global_batch,
@@ -93,6 +87,16 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
                 )
         programs = Programs(config.at_step(done), mesh)
         return done, validation_loss(programs, state.parameters, cache.validation)
+
+
+def _check_same_corpus(cache: TokenCache) -> None:
+    processes.check_same(
+        {
+            "the corpus in tokens": cache.train.fingerprint,
+            "the number of training sequences": len(cache.train),
+            "the number of validation sequences": len(cache.validation),
+        }
+    )
 
 
 def _report_another_decay(stored: Config, config: Config, done: int) -> None:
