@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from caat_jax.devices.processes import StopRequest
 from tests.command_line import REPOSITORY, SMALL, TINY, flags_of, write_texts
 
 COMMANDS = {
@@ -86,6 +87,21 @@ def test_a_stop_request_waits_for_the_first_signal_alone():
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 75
     assert stderr.splitlines()[1:] == ["stopped by Ctrl-C; the same command starts again"]
+
+
+def test_the_second_signal_is_left_to_the_handler_before(capfd):
+    """Which may return, while another thread ends the process."""
+    received = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        with StopRequest() as request:
+            signal.raise_signal(signal.SIGINT)
+            assert request.reached() and not received
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err.count("stopping as soon as") == 1
 
 
 @pytest.mark.parametrize("script", sorted(COMMANDS))

@@ -316,6 +316,7 @@ class StopRequest:
         if self._signal is not None:  # a second one ends the process at once
             signal.signal(number, self._handlers[number])
             signal.raise_signal(number)
+            return  # `interrupts` may be ending it in its own thread
         self._signal = signal.Signals(number).name
         line = f"{self._signal}: stopping as soon as all is saved; a second one stops at once\n"
         os.write(2, line.encode())  # the signal may have come in the middle of a `print`
