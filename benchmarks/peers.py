@@ -66,7 +66,9 @@ def torch_llama(**options: Any) -> tuple[Any, str]:
         vocab_size=sizes.VOCAB_SIZE,
         **options,
     )
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    products = "MKL" if torch.backends.mkl.is_available() else "no MKL"
+    build = f"{products}, {torch.backends.cpu.get_cpu_capability()}"
+    versions = f"torch {torch.__version__} ({build}), transformers {transformers.__version__}"
     return transformers.LlamaForCausalLM(config), versions
 
 

@@ -1,7 +1,7 @@
 """The time of one training step: this project, the plain dense model, and other systems.
 
     python -m benchmarks.step_time [--rounds=9] [--devices=8] [--output=step_time.json]
-        [--wire=int8] [--peers] [--peer_python=PATH] [--nanodo=PATH]
+        [--wire=int8] [--peers] [--peer_python=PATH ...] [--nanodo=PATH]
 
 Forward, backward, clipping and AdamW in float32 at the size in `workers.py`: caat_jax with S = 8
 shards, on simulated CPU devices and on one device; the dense baseline on one device; and with
@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,9 @@ WIRES = flags.DEFINE_multi_enum(
 )
 OUTPUT = flags.DEFINE_string("output", "", "A JSON file to write; empty: none.")
 PEERS = flags.DEFINE_bool("peers", False, "Measure transformers and nanodo too.")
-PEER_PYTHON = flags.DEFINE_string("peer_python", sys.executable, "The Python that has the peers.")
+PEER_PYTHONS = flags.DEFINE_multi_string(
+    "peer_python", [sys.executable], "A Python that has the peers; the first one runs nanodo too."
+)
 NANODO = flags.DEFINE_string("nanodo", "", "A checkout of google-deepmind/nanodo.")
 
 SYNC_FACTORS = (1.0, 0.5, 0.25)
@@ -93,13 +96,15 @@ def _systems() -> list[System]:
         systems.append(System(f"{base}, {wire}", base, command))
     systems.append(System(DENSE, DENSE, [*ours, "dense"]))
     if PEERS.value:
-        peer = [PEER_PYTHON.value, "-m", "benchmarks.peers"]
         base = _name(1, 1.0)
-        for mode, attention in (("compile", "eager"), ("compile", "sdpa"), ("eager", "sdpa")):
-            name = f"transformers, torch {mode}, {attention} attention"
-            systems.append(System(name, base, [*peer, "torch", mode, attention]))
+        for python in PEER_PYTHONS.value:
+            for mode, attention in (("compile", "eager"), ("compile", "sdpa"), ("eager", "sdpa")):
+                name = f"transformers, torch {_torch(python)}, {mode}, {attention}"
+                command = [python, "-m", "benchmarks.peers", "torch", mode, attention]
+                systems.append(System(name, base, command))
         if NANODO.value:
             checkout = str(Path(NANODO.value).expanduser().absolute())
+            peer = [PEER_PYTHONS.value[0], "-m", "benchmarks.peers"]
             systems.append(System("nanodo, 1 device", base, [*peer, "nanodo", "1", checkout]))
             systems.append(
                 System(
@@ -111,6 +116,13 @@ def _systems() -> list[System]:
         else:
             print("nanodo: skipped: no --nanodo=CHECKOUT")
     return systems
+
+
+def _torch(python: str) -> str:
+    """The release of torch that a Python has, "missing" if none."""
+    script = "from importlib import metadata; print(metadata.version('torch'))"
+    found = subprocess.run([python, "-c", script], capture_output=True, text=True)
+    return found.stdout.strip() or "missing"
 
 
 def _name(devices: int, p: float) -> str:
@@ -184,13 +196,13 @@ def _print_table(rows: list[dict]) -> None:
     print("cpu ms: processor time over all cores, which other programs disturb less")
     print()
     print(
-        f"{'':4} {'system':41} {'median ms':>9} {'min ms':>7} {'cpu ms':>7} {'tokens/s':>9}"
+        f"{'':4} {'system':50} {'median ms':>9} {'min ms':>7} {'cpu ms':>7} {'tokens/s':>9}"
         f" {'ratio':>6}  base"
     )
     numbers = {row["system"]: f"[{number}]" for number, row in enumerate(rows, start=1)}
     for row in rows:
         print(
-            f"{numbers[row['system']]:>4} {row['system']:41} {row['median_ms']:9.0f}"
+            f"{numbers[row['system']]:>4} {row['system']:50} {row['median_ms']:9.0f}"
             f" {row['min_ms']:7.0f} {row['processor_ms']:7.0f} {row['tokens_per_second']:9,.0f}"
             f" {row['ratio']:6.3f}  {numbers[row['base']]}"
         )

@@ -1,0 +1,254 @@
+"""Every figure on the pages that was measured is the one in the results file beside them.
+
+A sentence of `SENTENCES` is filled in from the files, and must stand on its page in these words.
+docs/quality.md has a test of its own, tests/sweep/test_quality_docs.py.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import links_report
+from caat_jax.sweep import plan as plans
+from caat_jax.sweep import report
+from configs import sweep
+from tests.sweep.test_quality_docs import results_of
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PARTS = ("train", "prefill 1x64", "prefill 64x8", "decode 1x64", "decode 64x8")
+
+
+def read_json(name):
+    return json.loads((DOCS / name).read_text())
+
+
+def read_csv(name):
+    with (DOCS / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def words(text):
+    """Without what differs between a sentence and its place on a page: lines, stars, bullets."""
+    return " ".join(
+        text.replace("*", "")
+        .replace("\N{MINUS SIGN}", "-")
+        .replace("\N{MULTIPLICATION SIGN}", "x")
+        .split()
+    )
+
+
+def page(name):
+    return words((ROOT / name).read_text(encoding="utf-8"))
+
+
+def links(name):
+    return {(r["part"], r["rate"], r["system"]): r for r in read_json(name)["rows"]}
+
+
+LINKS = links("links.json")
+
+
+def ours(key, p, rate, *parts, of=LINKS):
+    """One column of `caat_jax, p = …` at a rate, for each part."""
+    return [of[part, rate, links_report.our_name(p)][key] for part in parts]
+
+
+def link_sentences():
+    def gains(p, rate, *parts, of=LINKS):
+        return ours("speed_up", p, rate, *parts, of=of)
+
+    train, one, many, one_decoded, decode = PARTS
+    slow, none = links("links_400mbit.json"), links("links_none.json")
+    ratios = ours("communication_to_compute", 1.0, "25mbit", train, many, decode)
+    yield "README.md", "{:.0f} times as long as computation", ratios[:1]
+    yield (
+        "README.md",
+        "training is {:.2f} times as fast at p = 0.5 as at p = 1, and decode of 64 sequences {:.2f}"
+        " times",
+        gains(0.5, "25mbit", train, decode),
+    )
+    yield (
+        "docs/idea.md",
+        "[{:.1f} times as fast](benchmarks.md), where 64 sequences at a time were {:.1f} times",
+        gains(0.5, "25mbit", one_decoded, decode),
+    )
+    yield (
+        "docs/benchmarks.md",
+        "communication takes {:.1f} times as long as computation in training, {:.0f} times in the"
+        " prefill of 64 x 8 tokens and {:.1f} times in decode of 64 sequences",
+        ratios,
+    )
+    yield (
+        "docs/benchmarks.md",
+        "p = 0.5 speeds up training {:.2f} times, prefill {:.2f} and {:.2f} times, and decode"
+        " {:.2f} times; p = 0.25 gives {:.2f}, {:.2f} and {:.2f}, and {:.2f}",
+        [gain for p in (0.5, 0.25) for gain in gains(p, "25mbit", train, one, many, decode)],
+    )
+    yield (
+        "docs/benchmarks.md",
+        "{:.2f} in training, {:.2f} and {:.2f} in prefill",
+        gains(0.5, "100mbit", train, one, many),
+    )
+    yield "docs/benchmarks.md", "{:.2f} in decode of 64 sequences", gains(0.5, "100mbit", decode)
+    pairs = [
+        (row["speed_up"], row["bound_speed_up"])
+        for part, p in ((train, 0.5), (train, 0.25), (one, 0.5), (decode, 0.5))
+        for row in [slow[part, "400mbit", links_report.our_name(p)]]
+    ]
+    yield (
+        "docs/benchmarks.md",
+        "training {:.2f} of {:.2f} at p = 0.5 and {:.2f} of {:.2f} at p = 0.25, prefill of one"
+        " prompt {:.2f} of {:.2f}, decode of 64 sequences {:.2f} of {:.2f}",
+        [figure for pair in pairs for figure in pair],
+    )
+    profiled = slow[train, "400mbit", links_report.our_name(0.5)]
+    yield (
+        "docs/benchmarks.md",
+        "of its {:.0f} ms, a training step at p = 0.5 spends {:.0f} in collectives, for {:.0f} ms"
+        " of bytes; without any limit it still spends {:.0f}",
+        [profiled[key] for key in ("ms", "profile_collective_ms", "link_ms")]
+        + ours("profile_collective_ms", 0.5, "none", train, of=slow),
+    )
+    for p in (0.5, 0.25):
+        yield (
+            "docs/benchmarks.md",
+            ", ".join(["{:.2f}"] * 4) + f" and {{:.2f}} at p = {p:g}",
+            [1 / gain for gain in gains(p, "none", *PARTS, of=none)],
+        )
+
+
+def log_sentences():
+    again = links("links_again.json")
+    for rate in ("25mbit", "100mbit", "400mbit"):
+        for p in (0.5, 0.25):
+            yield (
+                "docs/log.md",
+                f"| {rate[:-4]} | {p:g} | " + " | ".join(["{:.2f}"] * 5) + " |",
+                ours("speed_up", p, rate, *PARTS, of=again),
+            )
+    longer = links("links_train_25mbit.json")
+    gains = [ours("speed_up", p, "25mbit", "train", of=longer)[0] for p in (0.5, 0.25)]
+    yield "docs/log.md", "gave {:.2f} at p = 0.5 and {:.2f} at p = 0.25", gains
+
+
+def conversion_sentences():
+    small = {row["way"]: float(row["loss"]) for row in read_csv("conversion/small.csv")}
+    dense = float(read_csv("conversion/small.csv")[0]["dense_loss"])
+    yield "docs/conversion.md", "| dense | {:.4f} | |", [dense]
+    for way, name in {
+        "cut": "plain cut: the first channels shared",
+        "channels": "channels reordered",
+        "channels, fitted": "channels reordered, then fitted",
+        "rotation": "rotated",
+        "rotation, fitted": "rotated, then fitted",
+    }.items():
+        numbers = [small[way], small[way] - dense]
+        yield "docs/conversion.md", f"| {name} | {{:.4f}} | {{:.4f}} |", numbers
+    large, little, whole = (
+        read_json(f"conversion/{name}.json")
+        for name in ("smollm2_49k", "smollm2", "smollm2_first_mlp_whole")
+    )
+    rise = large["loss"] - large["dense_loss"]
+    yield (
+        "README.md",
+        "It loses {:.3f} nats at p = 0.5 with a 0.9 M-parameter model, and {:.2f} with"
+        f" SmolLM2-135M on {large['calibration_tokens']:,} tokens",
+        [small["rotation, fitted"] - dense, rise],
+    )
+    yield (
+        "docs/conversion.md",
+        "| {calibration_tokens:,}, {held_out_tokens:,} | {dense_loss:.4f} | {cut_loss:.4f} |"
+        " {loss:.4f} | {rise:.4f} |",
+        large | {"rise": rise},
+    )
+    yield (
+        "docs/conversion.md",
+        "| {calibration_tokens:,}, {held_out_tokens:,} | {dense_loss:.4f} | | {loss:.4f} |"
+        " {rise:.4f} |",
+        little | {"rise": little["loss"] - little["dense_loss"]},
+    )
+    yield (
+        "docs/conversion.md",
+        "On {calibration_tokens:,} calibration and {held_out_tokens:,} held-out tokens of other"
+        " texts",
+        whole,
+    )
+    yield (
+        "docs/conversion.md",
+        "the loss rises from {dense_loss:.4f} to {loss:.4f}, by {rise:.4f}; the plain cut has"
+        " {cut_loss:.2f}",
+        whole | {"rise": whole["loss"] - whole["dense_loss"]},
+    )
+
+
+def wire_sentences():
+    rows = links("links_wires.json")
+    base, half = links_report.our_name(1.0), links_report.our_name(0.5, "int8")
+    low = links_report.our_name(1.0, "bfloat16")
+    for part, name in (("train", "a training step"), ("prefill 8x64", "prefill of 8 x 64 tokens")):
+        times = [rows[part, "8mbit", system]["ms"] for system in (base, low, half)]
+        yield (
+            "docs/wires.md",
+            f"| {name} | {{:,.0f}} | {{:,.0f}} | {{:,.0f}} | {{:.2f}} times as fast |",
+            [*times, times[1] / times[2]],
+        )
+    fewer = [
+        rows[part, "8mbit", low]["wire_bytes"] / rows[part, "8mbit", half]["wire_bytes"]
+        for part in ("train", "prefill 8x64")
+    ]
+    yield "docs/wires.md", "The bytes are {:.2f} and {:.2f} times fewer", fewer
+
+
+def quality_sentences():
+    half = next(s for s in summaries("sweep", sweep) if s.setting == (0.5, 8))
+    figures = [half.difference, (half.upper - half.lower) / 2]
+    yield "README.md", "put p = 0.5 about level ({:.3f} ± {:.3f})", figures
+
+
+def step_time_sentences():
+    rows = read_json("measured/step_time.json")["rows"]
+    number = {row["system"]: n for n, row in enumerate(rows, start=1)}
+    for row in rows:
+        against = [row["ratio"], number[row["base"]]] if row["base"] != row["system"] else []
+        yield (
+            "docs/step_time.md",
+            f"| {number[row['system']]} | {row['system']} | {{:,.0f}} | {{:,.0f}} | {{:,.0f}} |"
+            + (" {:.2f} | {} |" if against else " | |"),
+            [row["median_ms"], row["processor_ms"], row["tokens_per_second"], *against],
+        )
+    ratios = {row["system"]: row["ratio"] for row in rows}
+    apart, together = (
+        [ratios[f"caat_jax, {devices}, p = {p}"] for p in (0.5, 0.25)]
+        for devices in ("8 devices", "1 device")
+    )
+    torch = [ratio for system, ratio in ratios.items() if "torch" in system]
+    yield "docs/step_time.md", "PyTorch takes {:.2f} to {:.2f}", [min(torch), max(torch)]
+    yield "docs/step_time.md", "p = 0.5 takes {:.2f} and p = 0.25 {:.2f} of p = 1's time", apart
+    yield "docs/step_time.md", "p = 0.5 takes {:.2f} and p = 0.25 {:.2f} times as long", together
+    yield "README.md", "{:.1f} to {:.1f} times p = 1", together
+    yield "docs/idea.md", "[{:.1f} to {:.1f} times the step](step_time.md)", together
+
+
+def summaries(name, module):
+    plan = plans.resolve(module.get_config())
+    return report.summarise(plan, results_of(name, plan))
+
+
+SENTENCES = [
+    *link_sentences(),
+    *log_sentences(),
+    *conversion_sentences(),
+    *wire_sentences(),
+    *quality_sentences(),
+    *step_time_sentences(),
+]
+
+
+@pytest.mark.parametrize("number", range(len(SENTENCES)))
+def test_a_sentence_is_that_of_the_results(number):
+    where, sentence, figures = SENTENCES[number]
+    filled = sentence.format(**figures) if isinstance(figures, dict) else sentence.format(*figures)
+    assert words(filled) in page(where), f"{where} lacks: {filled}"
