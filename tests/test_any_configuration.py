@@ -355,19 +355,19 @@ def check_drawn(become, folder, examples, derandomize):
     assert min(outcomes["trains"], outcomes["is refused"]) > examples / 5, outcomes
 
 
-@pytest.mark.parametrize("examples", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_configuration_is_traced_or_refused(folder, monkeypatch, examples):
     def become(command, workdir):
         result = check_traced(command, folder, monkeypatch)
         return ("trains", "") if result is None else refused(result, workdir)
 
-    check_drawn(become, folder, examples, derandomize=examples == 150)
+    check_drawn(become, folder, examples, derandomize=examples == 100)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, pytest.param(300, marks=pytest.mark.slow)])
 def test_any_configuration_trains_or_is_refused(folder, examples):
     def become(command, workdir):
         return outcome(run_forked(command, folder), workdir)
 
     # The few are the same for every change of the code.
-    check_drawn(become, folder, examples, derandomize=examples == 8)
+    check_drawn(become, folder, examples, derandomize=examples == 6)

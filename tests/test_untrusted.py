@@ -114,8 +114,8 @@ def check(source, target, read, kinds):
 
 
 KINDS = [
-    pytest.param(tuple(RUBBISH)[n::3], id=f"{n + 1} of 3", marks=[pytest.mark.slow] * (n > 0))
-    for n in range(3)
+    pytest.param(tuple(RUBBISH)[n::4], id=f"{n + 1} of 4", marks=[pytest.mark.slow] * (n > 0))
+    for n in range(4)
 ]
 
 

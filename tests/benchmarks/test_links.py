@@ -118,13 +118,8 @@ def test_intervals_are_not_counted_twice():
 
 
 @needs_hosts
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGKILL,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT)),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_of_an_interrupted_run(tmp_path, number):
     """Namespaces go with the processes: the kernel takes them away."""
     process = start(tmp_path / "links")

@@ -396,6 +396,7 @@ def test_full_disk_while_the_corpus_is_prepared(tmp_path, kilobytes):
 
 
 @needs_mount()
+@pytest.mark.slow
 def test_disk_that_cannot_be_written(tmp_path):
     fields = runs.corpus(tmp_path)
     code, said, _ = train_on(tmp_path / "disk", 1100, fields, then="mount -o remount,ro {0};")

@@ -112,8 +112,20 @@ def check_model_axis(found: Audit, config: Config, p: float, forward_bytes: int)
     assert scales == (2 * arch.layers + 1) * arch.embed_dim  # γ of all norms, once a step
 
 
-@pytest.mark.parametrize("p", [1.0, 0.5, 0.25, 0.0])
-@pytest.mark.parametrize("compute", [{}, {"scan_layers": True, "remat": True}])
+SCANNED = {"scan_layers": True, "remat": True}
+
+
+@pytest.mark.parametrize(
+    "compute, p",
+    [
+        ({}, 0.5),
+        (SCANNED, 1.0),
+        (SCANNED, 0.5),
+        (SCANNED, 0.0),
+        *(pytest.param({}, p, marks=pytest.mark.slow) for p in (1.0, 0.25, 0.0)),
+        pytest.param(SCANNED, 0.25, marks=pytest.mark.slow),
+    ],
+)
 def test_tiny_on_the_simulated_mesh(compute, p):
     config = tiny_config(**compute)
     check_model_axis(audited(config, p), config, p, forward_bytes=4)
@@ -141,7 +153,11 @@ def check_quantised(found: Audit, config: Config, p: float, blocks: tuple[int, i
 
 
 @pytest.mark.parametrize(
-    "p, block, blocks, backward", [(0.5, 128, (1, 128), "int8"), (1.0, 100, (3, 86), "float8_e5m2")]
+    "p, block, blocks, backward",
+    [
+        (0.5, 128, (1, 128), "int8"),
+        pytest.param(1.0, 100, (3, 86), "float8_e5m2", marks=pytest.mark.slow),
+    ],
 )
 def test_quantised_wires_on_the_simulated_mesh(p, block, blocks, backward):
     config = tiny_config(
@@ -164,7 +180,7 @@ def test_quantised_wires_on_a_tpu_pod():
     check_quantised(audited(config, 0.5, "v5e:2x4"), config, 0.5, (2, 96))
 
 
-@pytest.mark.parametrize("p", [1.0, 0.5])
+@pytest.mark.parametrize("p", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_130m_on_the_simulated_mesh(p):
     # In float32: XLA's CPU backend reduces bfloat16 as float32.
     config = paper_130m("float32")
@@ -260,7 +276,7 @@ def test_130m_for_gpus_that_are_not_there(monkeypatch):
 
 
 @models.needs_gpu_compiler
-@pytest.mark.parametrize("p, most", [(0.5, 0.55), (1.0, 0.65)])
+@pytest.mark.parametrize("p, most", [(0.5, 0.55), pytest.param(1.0, 0.65, marks=pytest.mark.slow)])
 def test_one_part_of_a_batch_hides_the_transfers_of_another(p, most):
     """Prefill of 7B: two parts leave exposed at most so much of what one leaves exposed."""
     fields = llama_7b.get_config()
@@ -339,8 +355,14 @@ def test_data_spans_tpu_slices():
         sharding.create_mesh(MeshConfig(1, 2, 4, 0), devices)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize(
+    "remat, accumulation_steps",
+    [
+        (False, 1),
+        (True, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 2), (True, 1))),
+    ],
+)
 def test_trace_and_compiled_program_agree(remat, accumulation_steps):
     """All that is written down, on a mesh of three axes; the compiler adds sums of scalars."""
     config = models.small_config(
@@ -367,7 +389,7 @@ def test_trace_and_compiled_program_agree(remat, accumulation_steps):
     assert by_place(compiled) == by_place(traced)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fsdp_gathers_one_layer_at_a_time(remat):
     config = models.small_config(
         model=dict(layers=3, tp_shards=8, sync_factor=0.5),

@@ -148,7 +148,7 @@ def test_data_and_fsdp(mesh, options):
 
 
 @pytest.mark.parametrize(("S", "M", "kv_heads"), [(8, 1, 2), (8, 8, 2), (6, 3, 2), (4, 2, 1)])
-@pytest.mark.parametrize("p", [0.5, 1.0])
+@pytest.mark.parametrize("p", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_shards_share_key_and_value_heads(S, M, kv_heads, p):
     """S is a multiple of the heads; with S = 6 on 3 devices, a device's two shards may differ."""
     sizes = dict(embed_dim=48, heads=24, kv_heads=kv_heads, vocab_size=48)
@@ -181,7 +181,9 @@ def test_batch_in_parts(p, M, remat):
     check(config)
 
 
-@pytest.mark.parametrize(("M", "remat"), [(1, False), (2, True), (8, True)])
+@pytest.mark.parametrize(
+    ("M", "remat"), [(1, False), (2, True), pytest.param(8, True, marks=pytest.mark.slow)]
+)
 def test_splash_attention(M, remat):
     """The TPU's kernel, interpreted."""
     config = models.small_config(

@@ -177,10 +177,14 @@ def test_synchronised_run_gone_on_with_is_the_same(make_config, finished, tmp_pa
 @pytest.mark.parametrize(
     ("step", "described"),
     [
-        (1, "1.0 to step 2, then 1.0 in 1 layer, (0.5, 0.0) in 1 layer to step 4, then 0.5"),
+        pytest.param(
+            1,
+            "1.0 to step 2, then 1.0 in 1 layer, (0.5, 0.0) in 1 layer to step 4, then 0.5",
+            marks=pytest.mark.slow,
+        ),
         (3, "p=1.0 in 1 layer, (0.5, 0.0) in 1 layer to step 4, then 0.5"),
         (4, "p=0.5"),
-        (5, "p=0.5"),
+        pytest.param(5, "p=0.5", marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, int) else "",
 )
