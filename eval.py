@@ -23,6 +23,7 @@ from caat_jax.data import token_cache
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
 from caat_jax.evaluation import report as evaluation
+from caat_jax.storage import mirrors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
 _TASKS = flags.DEFINE_list(
@@ -43,7 +44,7 @@ processes.define_flags()
 
 def main(data: dict[str, Any]) -> None:
     harness = _harness(data)
-    workdir = user_paths.expanded("--workdir", _WORKDIR.value)
+    workdir = mirrors.folder("--workdir", _WORKDIR.value)
     processes.start()
     step, config = checkpoints.newest_config(workdir)
     config = with_data(config, data)

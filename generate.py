@@ -30,6 +30,7 @@ from caat_jax.errors import InputError
 from caat_jax.inference import chat, model_defaults, text
 from caat_jax.inference import generator as generator_lib
 from caat_jax.inference.sampling import Sampling
+from caat_jax.storage import mirrors
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder that train.py wrote.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given repeatedly.")
@@ -60,7 +61,7 @@ def main() -> None:
     # Checked before a checkpoint is loaded, which may take minutes.
     generator_lib.check_new_tokens(_MAX_NEW_TOKENS.value)
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _SEED.value)
-    workdir = user_paths.expanded("--workdir", _WORKDIR.value)
+    workdir = mirrors.folder("--workdir", _WORKDIR.value)
     processes.start()
     step, config = checkpoints.newest_config(workdir)
     tokenizer = tokenizer_of(config, workdir)

@@ -11,9 +11,9 @@ if __name__ == "__main__":
 from absl import flags
 
 from caat_jax import command_line
-from caat_jax.config import user_paths
 from caat_jax.config.sections import Config
 from caat_jax.devices import processes
+from caat_jax.storage import mirrors
 from caat_jax.training import loop
 
 _CONFIG = command_line.config_flag()
@@ -24,7 +24,7 @@ processes.define_flags()
 
 
 def main(config: Config) -> None:
-    workdir = user_paths.expanded("--workdir", _WORKDIR.value)
+    workdir = mirrors.folder("--workdir", _WORKDIR.value)
     processes.start()
     command_line.simulate_devices(config.mesh)
     steps, loss = loop.train(config, workdir)

@@ -19,6 +19,7 @@ from caat_jax.config.resolve import check_field_names, leaves, resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.devices import processes
 from caat_jax.errors import InputError, Interrupted, Stop
+from caat_jax.storage import mirrors
 from configs import base
 
 # By how Python begins to say that a text is none.
@@ -88,8 +89,13 @@ def run(
 
     def call(argv: list[str]) -> None:
         rest = [argv[1:]] if positionals else []
+
+        def program() -> None:
+            with mirrors.pushed():
+                main(*([] if config is None else [resolve(config.value)]), *rest)
+
         with processes.exit_when_peer_lost():
-            _or_exit(lambda: main(*([] if config is None else [resolve(config.value)]), *rest))
+            _or_exit(program)
 
     quieten_logs()
     sys.unraisablehook = _print_unraisable
@@ -235,7 +241,8 @@ def _flag_of(file: str | None) -> str:
 def _end(stop: Stop, at_once: bool = False) -> None:
     kind = "" if isinstance(stop, Interrupted) else "error: "
     # One line, also where a value that it names has several.
-    print(kind + " ".join(str(stop).splitlines()), file=sys.stderr, flush=True)
+    line = kind + " ".join(str(stop).splitlines())
+    print(mirrors.with_urls(line), file=sys.stderr, flush=True)
     if at_once:
         processes.exit_now(stop.exit_code)
     processes.announce(stop)

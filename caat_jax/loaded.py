@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 
 from caat_jax.checkpoints import checkpoints
 from caat_jax.checkpoints.trained import TrainedModel, restore_model
-from caat_jax.config import user_paths
 from caat_jax.config.architecture import checked_sync_factors
 from caat_jax.config.resolve import check_mesh
 from caat_jax.config.sections import Config, MeshConfig
@@ -26,6 +25,7 @@ from caat_jax.inference.generator import GREEDILY
 from caat_jax.inference.sampling import Sampling
 from caat_jax.inference.text import TextGenerator
 from caat_jax.model.partial_sync import Stream
+from caat_jax.storage import mirrors
 from caat_jax.training.step import Programs
 
 
@@ -50,7 +50,7 @@ def load(
     Raises:
       InputError: there is no model, or it does not fit what is given.
     """
-    folder = user_paths.expanded("path", os.fspath(path))
+    folder = mirrors.folder("path", os.fspath(path))
     sizes = dict(data=-1, fsdp=1, model=-1) if mesh is None else dict(data=1, fsdp=1, model=1)
     if unknown := set(mesh or ()) - set(sizes):
         raise InputError(f"mesh has no axis {unknown.pop()!r}; there are {', '.join(sizes)}")

@@ -260,12 +260,12 @@ def test_workdir_of_nobody(run, small, script):
     assert_refused(result, "--workdir=~nobody_here/run: there is no user nobody_here")
 
 
-URLS = ("gs://bucket/run", "s3://bucket/run", "http://host/run", "gs:/bucket")
+URLS = ("http://host/run", "az://bucket/run", "gs:/bucket")
 
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "generate.py"])
-def test_workdir_in_a_bucket(run, small, tmp_path, script, url):
+def test_workdir_that_is_another_url(run, small, tmp_path, script, url):
     arguments = {"train.py": small[1:], "eval.py": [], "generate.py": ["--prompt=a"]}[script]
     before = set(tmp_path.rglob("*"))
     result = run(script, *arguments, f"--workdir={url}")

@@ -16,6 +16,7 @@ LAYERS = (
     "devices",
     "activity",
     "command_help",
+    "storage",
     "command_line",
     "figures",
     "model",

@@ -19,14 +19,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from caat_jax import files
-from caat_jax.checkpoints import digests
+from caat_jax.checkpoints import digests, in_bucket
 from caat_jax.config.sections import Config
 from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices import processes
 from caat_jax.errors import InputError, Stop
+from caat_jax.storage import mirrors
 
 FOLDER = "checkpoints"
 SET_ASIDE_FOLDER = "checkpoints_set_aside"
@@ -65,8 +67,13 @@ def newest_config(workdir: Path) -> tuple[int, Config]:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Of all that have got their final name, in ascending order."""
-    return sorted(int(path.name) for path in folder.glob("*") if _STEP.fullmatch(path.name))
+    """Of all that have got their final name, or are complete in a bucket, in ascending order."""
+    if mirror := mirrors.of(folder.parent):
+        found = in_bucket.completed(mirror, FOLDER)
+        names = [name for name, is_complete in found.items() if is_complete]
+    else:
+        names = [path.name for path in folder.glob("*")]
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def _newest_undamaged(folder: Path) -> tuple[int | None, dict[int, str]]:
@@ -91,7 +98,7 @@ def _newest_undamaged(folder: Path) -> tuple[int | None, dict[int, str]]:
 
 def _damage(folder: Path, step: int) -> str | None:
     """What is wrong with a checkpoint; None: it is what was written as that of the step."""
-    path = folder / str(step)
+    path = _here(folder, step)
     damage = digests.damage(path)
     if damage is None:
         try:
@@ -103,13 +110,25 @@ def _damage(folder: Path, step: int) -> str | None:
     return damage
 
 
+def _here(folder: Path, step: int) -> Path:
+    """A checkpoint's folder, downloaded where it is in a bucket."""
+    path = folder / str(step)
+    mirror = mirrors.of(folder.parent)
+    if mirror and not path.exists():
+        in_bucket.fetch(mirror, f"{FOLDER}/{step}")
+        # The first process, which compares before it chooses, has chosen an undamaged one.
+        if not processes.is_first() and (damage := digests.damage(path)):
+            raise InputError(f"{path} did not arrive as it was written ({damage})")
+    return path
+
+
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(mirrors.with_urls(f"warning: {message}"), file=sys.stderr)
 
 
 def stored_config(folder: Path, step: int) -> Config:
     """The configuration that a checkpoint carries."""
-    return from_json(files.read_json(folder / str(step) / "config/metadata", dict))
+    return from_json(files.read_json(_here(folder, step) / "config/metadata", dict))
 
 
 class Checkpoints:
@@ -126,6 +145,7 @@ class Checkpoints:
           to_keep: older ones are deleted when there are more; None keeps all.
         """
         self.folder = workdir.absolute() / FOLDER
+        self._mirror = mirrors.of(self.folder.parent)
         self._to_keep = to_keep
         self._opened: ocp.AsyncCheckpointer | None = None
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
@@ -160,10 +180,13 @@ class Checkpoints:
     def _set_damaged_aside(self) -> int | None:
         step, damaged = _newest_undamaged(self.folder)
         damages = {str(number): f"is damaged ({what})" for number, what in damaged.items()}
+        resumes = "starts anew" if step is None else f"resumes from step {step}"
+        if self._mirror:
+            self._make_way_in_bucket(damages, resumes)
+            return step
         for path in sorted(self.folder.glob("*")):
             if _CUT_OFF.fullmatch(path.name):
                 damages[path.name] = "was not completed"
-        resumes = "starts anew" if step is None else f"resumes from step {step}"
         for name, damage in damages.items():
             aside = _free_name(self.folder.parent / SET_ASIDE_FOLDER, name)
             aside.parent.mkdir(exist_ok=True)
@@ -177,6 +200,19 @@ class Checkpoints:
         for path in self.folder.glob(f"*{_DELETED}"):
             shutil.rmtree(path, ignore_errors=True)
         return step
+
+    def _make_way_in_bucket(self, damages: dict[str, str], resumes: str) -> None:
+        for name, is_complete in sorted(in_bucket.completed(self._mirror, FOLDER).items()):
+            if name in damages:
+                aside = f"{SET_ASIDE_FOLDER}/{name}"
+                in_bucket.set_aside(self._mirror, f"{FOLDER}/{name}", aside)
+                now = f"{damages[name]}, is now {self._mirror.folder / aside}"
+            elif not is_complete and _STEP.fullmatch(name):
+                in_bucket.delete(self._mirror, f"{FOLDER}/{name}")
+                now = "was not completed, is deleted"
+            else:
+                continue
+            _warn(f"{self.folder / name} {now}; training {resumes}")
 
     def check_architecture(self, step: int, config: Config) -> None:
         """Refuses a configuration whose function is not the checkpoint's.
@@ -208,18 +244,34 @@ class Checkpoints:
             self._checkpointer().save(
                 self.folder / f"{step}{UNFINISHED}",
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
+                    state=self._save_args(state),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(to_json(config)),
                 ),
             )
         self._finishing = self._finisher.submit(self._finish, step)
 
+    def _save_args(self, state: Any) -> ocp.args.PyTreeSave:
+        if not self._mirror:
+            return ocp.args.PyTreeSave(state)
+        chunks = ocp.SaveArgs(chunk_byte_size=in_bucket.OBJECT_BYTES)
+        return ocp.args.PyTreeSave(
+            state,
+            save_args=jax.tree.map(lambda _: chunks, state),
+            ocdbt_target_data_file_size=in_bucket.OBJECT_BYTES,
+        )
+
     def _finish(self, step: int) -> None:
         """Waits until Orbax writes no more, then makes a checkpoint of what it has written."""
+        unfinished, final = self.folder / f"{step}{UNFINISHED}", self.folder / str(step)
+        if self._mirror:
+            with self._save_errors():
+                self._checkpointer().wait_until_finished()
+                in_bucket.upload(self._mirror, unfinished, f"{FOLDER}/{step}")
+                self._delete_older_in_bucket()
+            return
 
         def commit() -> None:
-            unfinished, final = self.folder / f"{step}{UNFINISHED}", self.folder / str(step)
             with self._save_errors():
                 self._checkpointer().wait_until_finished()
                 digests.write(unfinished)
@@ -243,6 +295,13 @@ class Checkpoints:
             deleted = self.folder / f"{number}{_DELETED}"
             files.rename(self.folder / str(number), deleted)
             shutil.rmtree(deleted)
+
+    def _delete_older_in_bucket(self) -> None:
+        older = _steps(self.folder)[: -self._to_keep] if self._to_keep else []
+        for step in older if processes.is_first() else ():
+            in_bucket.delete(self._mirror, f"{FOLDER}/{step}")
+        for path in self.folder.glob("*"):  # the one that the run went on from
+            shutil.rmtree(path)
 
     def check(self) -> None:
         """Notices that the save under way has failed, without waiting for it.
@@ -296,30 +355,36 @@ class Checkpoints:
 
     def batches_state(self, step: int) -> dict[str, Any]:
         """What was saved as `data_state`."""
-        return files.read_json(self.folder / str(step) / "data/metadata", dict)
+        return files.read_json(_here(self.folder, step) / "data/metadata", dict)
 
     def _restore(self, step: int, shapes: Any, **options: Any) -> Any:
         layouts = ocp.checkpoint_utils.construct_restore_args(shapes)
         args = ocp.args.PyTreeRestore(shapes, restore_args=layouts, **options)
         restored = self._checkpointer().restore(
-            self.folder / str(step), args=ocp.args.Composite(state=args)
+            _here(self.folder, step), args=ocp.args.Composite(state=args)
         )
         return restored["state"]
 
     def _checkpointer(self) -> ocp.AsyncCheckpointer:
         if not self._opened:
+            # Each process of a run in a bucket has a folder of its own, and writes all of it.
+            place = ocp.options.MultiprocessingOptions(primary_host=None if self._mirror else 0)
             handler = ocp.CompositeCheckpointHandler(
                 # Weights and moments shrink by a fifth, and compressing them takes processors that
                 # a step on CPUs would use.
-                state=ocp.PyTreeCheckpointHandler(use_compression=False),
-                data=ocp.JsonCheckpointHandler(),
-                config=ocp.JsonCheckpointHandler(),
+                state=ocp.PyTreeCheckpointHandler(
+                    use_compression=False, multiprocessing_options=place
+                ),
+                data=ocp.JsonCheckpointHandler(multiprocessing_options=place),
+                config=ocp.JsonCheckpointHandler(multiprocessing_options=place),
+                composite_options=ocp.CompositeOptions(multiprocessing_options=place),
             )
             # Not `ocp.CheckpointManager`: in another thread it asks, for the step of the save,
             # whether a SIGTERM is to be obeyed (`processes.StopRequest`), and it deletes older
             # checkpoints before anything has been read back from the new one.
             self._opened = ocp.AsyncCheckpointer(
                 handler,
+                multiprocessing_options=place,
                 checkpoint_metadata_store=ocp.metadata.metadata_store(
                     enable_write=True, blocking_write=True
                 ),

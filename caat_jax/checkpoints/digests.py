@@ -28,8 +28,12 @@ def write(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_dir():
             files.sync(path)
-    content = {"files": dict(zip(names, digests, strict=True))}
-    files.write(folder / FILE, json.dumps(content, indent=0) + "\n")
+    files.write(folder / FILE, file_content(dict(zip(names, digests, strict=True))))
+
+
+def file_content(entries: dict[str, list[int]]) -> bytes:
+    """Of a `digests.json`: size and CRC-32 of each file, by its name relative to the folder."""
+    return (json.dumps({"files": entries}, indent=0) + "\n").encode()
 
 
 def damage(folder: Path) -> str | None:

@@ -1,13 +1,15 @@
-"""The folder of a run: it can be written, and one run at a time writes it."""
+"""The folder of a run, or its mirror: it can be written, and one run at a time writes it."""
 
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from caat_jax import files
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
+from caat_jax.storage import mirrors
 
 
 def check_writable(workdir: Path) -> None:
@@ -53,7 +55,8 @@ def sole_run(workdir: Path) -> Iterator[None]:
         )
 
     try:
-        with files.held(workdir / "lock", refuse):
+        mirror = mirrors.of(workdir)
+        with files.held(workdir / "lock", refuse), mirror.held() if mirror else nullcontext():
             yield
     finally:
         if is_new:

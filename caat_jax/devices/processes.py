@@ -234,6 +234,26 @@ def on_first(function: Callable[[], Any], name: str = "") -> Any:
     return value
 
 
+def tell_first(function: Callable[[], Any], name: str) -> None:
+    """Calls a function, and sends its JSON-able result, or its `Stop`, to the first process."""
+    try:
+        value = function()
+    except Stop as stop:
+        value = stop
+        raise
+    finally:
+        _send(f"caat_jax/told/{name}/{distributed.global_state.process_id}", value)
+
+
+def told(name: str) -> Iterator[Any]:
+    """What each of the others has told this one, the first; raises the `Stop` of one that had one.
+
+    To be called where `on_first` calls a function, whose end they wait for.
+    """
+    for process in range(1, number()):
+        yield _received(f"caat_jax/told/{name}/{process}")
+
+
 def check_same(values: Mapping[str, Any]) -> None:
     """Refuses processes that would not do the same; called by all.
 

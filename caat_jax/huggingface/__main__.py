@@ -25,6 +25,7 @@ from caat_jax.data import carried_tokenizer
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
 from caat_jax.huggingface import config_file, exporting, folders, importing, llama_config
+from caat_jax.storage import mirrors
 from configs import base
 
 _TP_SHARDS = flags.DEFINE_integer("tp_shards", 8, "Of an import: S, the tensor-parallel shards.")
@@ -46,8 +47,11 @@ def main(arguments: list[str]) -> None:
     for flag in _OTHERS_FLAGS[command]:
         if flag.present:
             raise InputError(f"--{flag.name} is not a flag of {command}; --help says more")
-    run = _import if command == "import" else _export
-    run(user_paths.expanded(command, source), user_paths.expanded(command, destination))
+    destination = user_paths.expanded(command, destination)
+    if command == "import":
+        _import(user_paths.expanded(command, source), destination)
+    else:
+        _export(mirrors.folder(command, source), destination)
 
 
 def _import(source: Path, workdir: Path) -> None:
@@ -108,7 +112,8 @@ def _export(workdir: Path, destination: Path) -> None:
     arch = exported.config.model
     remote = "" if llama_config.is_dense(arch) else ", trust_remote_code=True"
     print(
-        f"Exported step {exported.step} of {workdir} to {destination} in {_DTYPE.value};"
+        f"Exported step {exported.step} of {mirrors.with_urls(str(workdir))} to {destination} in"
+        f" {_DTYPE.value};"
         f" S={arch.tp_shards}, p={arch.describe_sync_factors()}"
     )
     if sizes := _padded_sizes(exported.arch, arch):

@@ -19,6 +19,7 @@ from caat_jax import command_line, figures
 from caat_jax.config import user_paths
 from caat_jax.errors import InputError
 from caat_jax.plot import report
+from caat_jax.storage import mirrors
 from caat_jax.training.metrics import METRICS_FILE, read_metrics
 
 _OUTPUT = flags.DEFINE_string("output", "runs.png", "PNG to write.")
@@ -30,7 +31,7 @@ _LABELS = flags.DEFINE_multi_string(
 def main(folders: list[str]) -> None:
     labels = _labels(folders, _LABELS.value)
     runs = [
-        (label, _read(user_paths.expanded("run", folder)))
+        (label, _read(mirrors.folder("run", folder)))
         for label, folder in zip(labels, folders, strict=True)
     ]
     output = user_paths.expanded("--output", _OUTPUT.value)

@@ -1,0 +1,190 @@
+"""Objects, names and URLs; the lease; mirrors of what is below a URL."""
+
+import threading
+import time
+
+import pytest
+
+from caat_jax.errors import InputError
+from caat_jax.storage import bucket as bucket_lib
+from caat_jax.storage import lease as lease_lib
+from caat_jax.storage import mirrors
+from caat_jax.storage.bucket import Bucket
+from caat_jax.storage.lease import Lease
+from tests.storage.stores import folder_store, s3_server
+
+__all__ = ["folder_store"]  # a fixture
+
+
+@pytest.fixture
+def bucket(folder_store):
+    return Bucket("--workdir", "s3://bucket/run")
+
+
+@pytest.mark.parametrize("url", ["s3://", "gs:///run", "s3://bucket/../run", "s3://bucket/a//b"])
+def test_what_is_no_url_of_a_bucket_is_refused(url):
+    with pytest.raises(InputError, match="give gs://BUCKET/PATH or s3://BUCKET/PATH"):
+        Bucket("--workdir", url)
+
+
+def test_names_are_those_below_the_url_alone(bucket):
+    Bucket("", "s3://bucket/run2").write("other", b"x")
+    for name in ("b", "a/1", "a/2", "ab"):
+        bucket.write(name, name.encode())
+    assert bucket.names() == ["a/1", "a/2", "ab", "b"]
+    assert bucket.names("a/") == ["a/1", "a/2"]
+    bucket.delete("a/")
+    assert bucket.names() == ["ab", "b"] and bucket.read("a/1")[0] is None
+
+
+def test_only_one_of_those_who_saw_the_same_object_replaces_it(bucket):
+    _, nothing = bucket.read("lock")
+    first = bucket.swap("lock", b"1", nothing)
+    assert first and bucket.swap("lock", b"2", nothing) is None
+    assert bucket.swap("lock", b"3", first) and bucket.swap("lock", None, first) is None
+    assert bucket.read("lock")[0] == b"3"
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside", "a\\b", "a//b"])
+def test_a_name_that_leads_out_of_a_folder_is_refused(bucket, monkeypatch, name):
+    class Store:
+        def list(self, _):
+            return self
+
+        def result(self):
+            return [b"fine", name.encode()]
+
+    monkeypatch.setattr(bucket, "_store", Store())
+    with pytest.raises(InputError, match="which is no file's name"):
+        bucket.names()
+
+
+def test_what_is_not_read_back_as_it_was_written_is_noticed(bucket, monkeypatch):
+    monkeypatch.setattr(Bucket, "read", lambda self, name: (b"other", b""))
+    with pytest.raises(InputError, match=r"s3://bucket/run/a was written and is not what is read"):
+        bucket.write("a", b"content")
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    monkeypatch.setattr(lease_lib, "SECONDS", 0.4)
+
+
+def test_one_run_at_a_time(bucket, short_lease):
+    with Lease(bucket):
+        with pytest.raises(InputError, match=r"s3://bucket/run: process \d+ on .* is training"):
+            with Lease(bucket):
+                raise AssertionError("two runs at a time")
+    assert bucket.names() == []
+    with Lease(bucket) as lease:
+        lease.check()
+
+
+def test_of_many_that_start_at_once_one_runs(bucket, short_lease):
+    holding, refused = [], []
+    everybody, all_tried = threading.Barrier(8), threading.Barrier(8)
+
+    def start():
+        everybody.wait()
+        try:
+            with Lease(Bucket("--workdir", bucket.url)):
+                holding.append(1)
+                all_tried.wait()
+        except InputError:
+            refused.append(1)
+            all_tried.wait()
+
+    # They find an object, which does not change, or none; either way one makes it.
+    _run_threads(start, 8)
+    assert (len(holding), len(refused)) == (1, 7)
+
+
+def _run_threads(function, number):
+    threads = [threading.Thread(target=function) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_run_that_gives_no_sign_of_life_is_followed(bucket, short_lease, monkeypatch):
+    monkeypatch.setattr(Lease, "_renew", lambda self: None)
+    first = Lease(bucket)
+    first.__enter__()
+    started = time.monotonic()
+    with Lease(bucket) as second:
+        assert time.monotonic() - started >= 0.4
+        with pytest.raises(InputError, match="another run has taken over"):
+            first.check()
+        first.__exit__()
+        second.check()
+
+
+def test_a_mirror_holds_what_is_there_and_brings_back_what_changes(bucket, folder_store):
+    bucket.write("metrics.jsonl", b"{}\n")
+    bucket.write("tokenizer/tokenizer.json", b"[]")
+    bucket.write("checkpoints/5/state/d/1", b"large")
+    with mirrors.pushed():
+        folder = mirrors.folder("--workdir", "s3://bucket/run/")
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert found == {"metrics.jsonl", "tokenizer/tokenizer.json"}
+        assert folder.name == "run"
+        assert mirrors.with_urls(f"{folder}/metrics.jsonl") == "s3://bucket/run/metrics.jsonl"
+        bucket.delete("tokenizer/")  # not changed here: it is not brought back
+        (folder / "metrics.jsonl").write_bytes(b"{}\n{}\n")
+        (folder / ".evaluation.json.1.new").write_bytes(b"unfinished")
+        (folder / "evaluation.json").write_bytes(b"{}")
+        (folder / "link").symlink_to("/etc/passwd")
+    assert bucket.names() == ["checkpoints/5/state/d/1", "evaluation.json", "metrics.jsonl"]
+    assert bucket.read("metrics.jsonl")[0] == b"{}\n{}\n"
+    assert not folder.exists()
+
+
+def test_mirrors_of_killed_programs_are_removed(folder_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = tmp_path / "caat_jax_mirror_killed"
+    (killed / "run").mkdir(parents=True)
+    running = mirrors.folder("--workdir", "s3://bucket/run")
+    other = mirrors.folder("--workdir", "s3://bucket/run")
+    assert not killed.exists() and running.exists() and other.exists()
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.mark.slow
+def test_the_protocol_s3(s3, short_lease):
+    bucket = Bucket("--workdir", "s3://bucket/run")
+    test_names_are_those_below_the_url_alone(bucket)
+    test_only_one_of_those_who_saw_the_same_object_replaces_it(bucket)
+    bucket.delete("")
+    test_one_run_at_a_time(bucket, short_lease)
+    test_of_many_that_start_at_once_one_runs(bucket, short_lease)
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_named(s3):
+    with pytest.raises(InputError, match=r"--workdir=s3://other/run cannot be listed: NOT_FOUND"):
+        mirrors.folder("--workdir", "s3://other/run")
+
+
+@pytest.mark.slow
+def test_credentials_that_do_not_fit_are_said(monkeypatch):
+    with s3_server(checks_credentials=True) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(InputError, match=r"cannot be listed.*where credentials are looked for"):
+            mirrors.folder("--workdir", "s3://bucket/run")
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(bucket_lib, "RETRIES", 0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    with pytest.raises(InputError, match=r"--workdir=s3://bucket/run cannot be listed"):
+        mirrors.folder("--workdir", "s3://bucket/run")
