@@ -35,6 +35,7 @@ def load(
     mesh: Mapping[str, int] | None = None,
     tp_shards: int | None = None,
     sync_factor: float | Sequence | None = None,
+    pad: bool = False,
 ) -> "LoadedModel":
     """Loads a model onto this machine's devices, whatever it was trained on.
 
@@ -46,6 +47,8 @@ def load(
       tp_shards: S of a Llama in Hugging Face's format, by default 1; a run has its own.
       sync_factor: instead of the model's own: p of every sublayer, or of each layer as
         `model.sync_factor_per_layer` has them.  It is another function.
+      pad: whether to add zero heads, MLP columns and ids to a Llama in Hugging Face's format where
+        S does not divide them: the same function at p = 1.
 
     Raises:
       InputError: there is no model, or it does not fit what is given.
@@ -62,12 +65,13 @@ def load(
         shards = tp_shards or 1
         check_mesh(sizes, shards)
         model = importing.read_llama(
-            folder, tp_shards=shards, sync_factor=1.0, sizes=sizes, devices=devices
+            folder, tp_shards=shards, sync_factor=1.0, sizes=sizes, devices=devices, pad=pad
         )
         config = _with_sync_factor(model.config, sync_factor)
         return LoadedModel(dataclasses.replace(model, config=config))
-    if tp_shards is not None:
-        raise InputError(f"tp_shards={tp_shards}: the run in {folder} has its own")
+    if tp_shards is not None or pad:
+        given = f"pad={pad}" if tp_shards is None else f"tp_shards={tp_shards}"
+        raise InputError(f"{given}: the run in {folder} has its own")
     step, config = checkpoints.newest_config(folder)
     config = _with_sync_factor(config, sync_factor)
     check_mesh(sizes, config.model.tp_shards)
@@ -101,7 +105,7 @@ class LoadedModel:
         return self._model.tokenizer
 
     def logits(self, tokens: ArrayLike) -> jax.Array:
-        """float32 [B, T, V]: of the token after each."""
+        """float32 [B, T, V]: of the token after each; −∞ for ids that only pad the vocabulary."""
         return self._run(self._programs.logits_step, tokens)
 
     def loss(self, tokens: ArrayLike) -> float:
@@ -153,7 +157,7 @@ class LoadedModel:
                 f"tokens of type {tokens.dtype} and shape {tokens.shape} must be integers [B, T]"
                 f" with T at least {least}"
             )
-        vocabulary = self.config.model.vocab_size
+        vocabulary = self.config.model.vocab_size - self.config.model.vocab_padding
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
             raise InputError(f"tokens must lie within [0, {vocabulary})")
         missing = -len(tokens) % sharding.data_parallel_size(self.mesh)

@@ -84,12 +84,31 @@ def test_llama_in_hugging_face_format(tmp_path):
     np.testing.assert_array_equal(half.logits(TOKENS), imported.logits(TOKENS))
 
 
+def test_a_padded_llama_is_the_same_function(tmp_path):
+    """Three shards divide neither its heads nor its MLP and vocabulary."""
+    parameters = llama_by_hand(tmp_path / "llama")
+    padded = caat_jax.load(tmp_path / "llama", mesh=dict(model=1), tp_shards=3, pad=True)
+    real = models.method(caat_jax.load(tmp_path / "llama", mesh=dict(model=1)).config)
+    logits = padded.logits(TOKENS)
+    expected = reference.forward(parameters, TOKENS, **real).logits
+    np.testing.assert_allclose(logits[..., :64], expected, atol=1e-5)
+    assert logits.shape[-1] == 66 and np.all(np.isneginf(logits[..., 64:]))
+    importing.import_llama(
+        tmp_path / "llama", tmp_path / "run", tp_shards=3, sync_factor=1.0, pad=True
+    )
+    imported = caat_jax.load(tmp_path / "run", mesh=dict(model=1))
+    np.testing.assert_array_equal(logits, imported.logits(TOKENS))
+    with pytest.raises(InputError, match=r"tokens must lie within \[0, 64\)"):
+        padded.logits([[64]])
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (dict(sync_factor=1.5), "sync_factor=1.5 is outside"),
         (dict(sync_factor=[1, 0.5, 0]), "sync_factor has 3 entries"),
         (dict(tp_shards=4), "the run in .* has its own"),
+        (dict(pad=True), "pad=True: the run in .* has its own"),
         (dict(mesh=dict(models=8)), "mesh has no axis 'models'"),
         (dict(mesh=dict(model=3)), "mesh.model=3 does not divide model.tp_shards=8"),
     ],

@@ -91,7 +91,13 @@ def import_llama(
 
 
 def read_llama(
-    source: Path, *, tp_shards: int, sync_factor: float, sizes: MeshConfig, devices: Sequence
+    source: Path,
+    *,
+    tp_shards: int,
+    sync_factor: float,
+    sizes: MeshConfig,
+    devices: Sequence,
+    pad: bool = False,
 ) -> TrainedModel:
     """A Llama's model on the devices of a mesh, without a workdir.
 
@@ -101,11 +107,12 @@ def read_llama(
       sync_factor: p of every sublayer; below 1 the function differs from the source's.
       sizes: of the mesh axes.
       devices: those of the mesh.
+      pad: as for `import_llama`.
 
     Raises:
       InputError: something given cannot work.
     """
-    opened = _open(source, source.absolute(), tp_shards, sync_factor, pad=False)
+    opened = _open(source, source.absolute(), tp_shards, sync_factor, pad)
     config = dataclasses.replace(opened.config, mesh=sizes)
     config = dataclasses.replace(config, mesh=resolve_mesh(config, len(devices)))
     mesh = sharding.create_mesh(config.mesh, list(devices))
