@@ -24,8 +24,9 @@ from caat_jax.storage import lease as lease_lib
 from caat_jax.storage.bucket import Bucket
 
 _PREFIX = "caat_jax_mirror_"
-# Large, and needed neither to go on with a run nor to use it; but for checkpoints.
-_LEFT_THERE = ("checkpoints/", "checkpoints_set_aside/", "profile/", "tensorboard/")
+# What a mirror begins with: small files that going on with a run, or using it, may need.  Whatever
+# else a URL leads to, such as a folder of many runs, stays there.
+_FETCHED = re.compile(r"(?!lock$|tensorboard/)([^/]+/)?[^/]+")
 # Locks, files that are being written, and checkpoints, which have a way of their own.
 _NOT_PUSHED = re.compile(r"lock$|(.*/)?\.|checkpoints/")
 
@@ -121,7 +122,7 @@ def folder(name: str, path: str) -> Path:
     names = bucket.names()
     mirror = Mirror(bucket, _scratch_folder() / Path(bucket.url).name)
     mirror.folder.mkdir()
-    mirror.fetch(name for name in names if not name.startswith(_LEFT_THERE))
+    mirror.fetch(name for name in names if _FETCHED.fullmatch(name))
     _mirrors[mirror.folder] = mirror
     return mirror.folder
 
