@@ -265,24 +265,25 @@ class Checkpoints:
         """Waits until Orbax writes no more, then makes a checkpoint of what it has written."""
         unfinished, final = self.folder / f"{step}{UNFINISHED}", self.folder / str(step)
         if self._mirror:
-            with self._save_errors():
-                self._checkpointer().wait_until_finished()
-                in_bucket.upload(self._mirror, unfinished, f"{FOLDER}/{step}")
-                self._delete_older_in_bucket()
+            in_bucket.upload(self._mirror, unfinished, f"{FOLDER}/{step}", self._wait_for_orbax)
+            self._delete_older_in_bucket()
             return
 
         def commit() -> None:
             with self._save_errors():
-                self._checkpointer().wait_until_finished()
+                self._wait_for_orbax()
                 digests.write(unfinished)
                 files.rename(unfinished, final)
                 files.sync(self.folder.parent)
                 self._delete_older(step)
 
         if not processes.is_first():
-            with self._save_errors():
-                self._checkpointer().wait_until_finished()
+            self._wait_for_orbax()
         processes.on_first(commit, f"checkpoint/{step}")
+
+    def _wait_for_orbax(self) -> None:
+        with self._save_errors():
+            self._checkpointer().wait_until_finished()
 
     def _delete_older(self, step: int) -> None:
         older = _steps(self.folder)[: -self._to_keep] if self._to_keep else []
@@ -367,23 +368,35 @@ class Checkpoints:
 
     def _checkpointer(self) -> ocp.AsyncCheckpointer:
         if not self._opened:
-            # Each process of a run in a bucket has a folder of its own, and writes all of it.
-            place = ocp.options.MultiprocessingOptions(primary_host=None if self._mirror else 0)
-            handler = ocp.CompositeCheckpointHandler(
+            # Each process of a run in a bucket has a folder of its own, and writes all of it: when
+            # the first's is made, the others' need not be, and what Orbax merges in each is a part,
+            # which its validation would refuse.
+            shared = self._mirror is None
+            place = ocp.options.MultiprocessingOptions(primary_host=0 if shared else None)
+            making = ocp.AsyncOptions(create_directories_asynchronously=shared)
+            state = ocp.BasePyTreeCheckpointHandler(
                 # Weights and moments shrink by a fifth, and compressing them takes processors that
                 # a step on CPUs would use.
+                use_compression=False,
+                multiprocessing_options=place,
+                enable_post_merge_validation=shared,
+            )
+            handler = ocp.CompositeCheckpointHandler(
                 state=ocp.PyTreeCheckpointHandler(
-                    use_compression=False, multiprocessing_options=place
+                    handler_impl=state, multiprocessing_options=place
                 ),
                 data=ocp.JsonCheckpointHandler(multiprocessing_options=place),
                 config=ocp.JsonCheckpointHandler(multiprocessing_options=place),
-                composite_options=ocp.CompositeOptions(multiprocessing_options=place),
+                composite_options=ocp.CompositeOptions(
+                    multiprocessing_options=place, async_options=making
+                ),
             )
             # Not `ocp.CheckpointManager`: in another thread it asks, for the step of the save,
             # whether a SIGTERM is to be obeyed (`processes.StopRequest`), and it deletes older
             # checkpoints before anything has been read back from the new one.
             self._opened = ocp.AsyncCheckpointer(
                 handler,
+                async_options=making,
                 multiprocessing_options=place,
                 checkpoint_metadata_store=ocp.metadata.metadata_store(
                     enable_write=True, blocking_write=True

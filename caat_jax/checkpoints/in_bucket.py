@@ -7,6 +7,7 @@ go.  Each process of a run has a mirror, and uploads what it has written.
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from caat_jax import files
@@ -53,11 +54,11 @@ def delete(mirror: Mirror, name: str) -> None:
     shutil.rmtree(mirror.folder / name, ignore_errors=True)
 
 
-def upload(mirror: Mirror, saved: Path, name: str) -> None:
-    """Makes the checkpoint `name` of what Orbax has written to a folder, and removes the folder.
+def upload(mirror: Mirror, saved: Path, name: str, wait: Callable[[], None]) -> None:
+    """Makes the checkpoint `name` of what Orbax writes to a folder, and removes the folder.
 
-    Called by all processes.  Every object is read back and compared.  The run's other files, such
-    as its metrics, come before the checkpoint is complete.
+    Called by all processes; `wait` returns when Orbax writes no more.  Every object is read back
+    and compared.  The run's other files, such as its metrics, come before the checkpoint is whole.
 
     Raises:
       InputError: something cannot be written, or another run has taken over.
@@ -65,6 +66,7 @@ def upload(mirror: Mirror, saved: Path, name: str) -> None:
     below = f"{saved.relative_to(mirror.folder)}/"
 
     def upload_own() -> dict[str, list[int]]:
+        wait()
         names = [found for found in files.names_below(saved) if _is_own(found)]
         return mirror.upload(names, below, to=f"{name}/")
 
