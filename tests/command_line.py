@@ -67,12 +67,12 @@ def start_forked(command, folder, outputs, environment=None, constants=None):
     return process
 
 
-def run_forked(command, folder):
+def run_forked(command, folder, environment=None):
     """Exit code, stdout and stderr of a script and its arguments, run in `folder`, its ~ too."""
     outputs = [folder / "stdout", folder / "stderr"]
     for path in outputs:
         path.write_text("")
-    process = start_forked(command, folder, outputs)
+    process = start_forked(command, folder, outputs, environment)
     process.join(LONGEST_SECONDS)
     hangs = process.is_alive()
     if hangs:

@@ -190,7 +190,7 @@ def losses(text):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(s3, tmp_path, processes):
-    fields = runs.corpus(tmp_path) | {"mesh.simulated_devices": 4 // processes, "mesh.model": 4}
+    fields = runs.corpus(tmp_path) | {"mesh.model": 4, "train.steps": 10}
     url = f"s3://bucket/killed{processes}"
     seconds = {"caat_jax.storage.lease.SECONDS": 2.0}
     killing = seconds | {"caat_jax.storage.bucket.Bucket.write": kill_itself}
@@ -208,7 +208,7 @@ def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(s3, tmp_path, pr
     codes, output = train(url, killing)
     assert -signal.SIGKILL in codes, output
     bucket = Bucket("", url)
-    found = in_bucket.completed(bucket_mirror(bucket, tmp_path), "checkpoints")
+    found = in_bucket.completed(mirrors.Mirror(bucket, tmp_path), "checkpoints")
     assert found == {"5": True, "10": False}
     codes, output = train(url, seconds)
     assert codes == [0] * processes, output
@@ -218,14 +218,10 @@ def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(s3, tmp_path, pr
     )
     assert bucket.read("lock")[0] is None
     if processes == 1:
-        check_other_commands(url, on_disk, tmp_path)
+        check_other_commands(url, on_disk, tmp_path, s3)
 
 
-def bucket_mirror(bucket, folder):
-    return mirrors.Mirror(bucket, folder)
-
-
-def check_other_commands(url, on_disk, folder):
+def check_other_commands(url, on_disk, folder, environment):
     """Evaluates, generates, plots, loads and exports both; the results are the same."""
     said = []
     for workdir in (url, str(on_disk)):
@@ -233,7 +229,7 @@ def check_other_commands(url, on_disk, folder):
             ["eval.py", f"--workdir={workdir}"],
             ["generate.py", f"--workdir={workdir}", "--prompt=the", "--max_new_tokens=5"],
         ):
-            code, output, errors = run_forked(command, folder)
+            code, output, errors = run_forked(command, folder, environment)
             assert code == 0, errors
             said.append(output)
         exported = folder / f"exported{len(said)}"
@@ -241,7 +237,7 @@ def check_other_commands(url, on_disk, folder):
             ["caat_jax/plot/__main__.py", workdir, f"--output={exported}.png"],
             ["caat_jax/huggingface/__main__.py", "export", workdir, str(exported)],
         ):
-            code, output, errors = run_forked(command, folder)
+            code, output, errors = run_forked(command, folder, environment)
             assert code == 0, errors
     assert said[:2] == said[2:]
     first, second = (folder / f"exported{n}/model.safetensors" for n in (2, 4))
