@@ -19,11 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from caat_jax import files
-from caat_jax.checkpoints import digests, in_bucket
+from caat_jax.checkpoints import checkpointer, digests, in_bucket
 from caat_jax.config.sections import Config
 from caat_jax.config.stored import difference, from_json, to_json
 from caat_jax.devices import processes
@@ -244,29 +243,20 @@ class Checkpoints:
             self._checkpointer().save(
                 self.folder / f"{step}{UNFINISHED}",
                 args=ocp.args.Composite(
-                    state=self._save_args(state),
+                    state=checkpointer.save_args(state, shared=self._mirror is None),
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(to_json(config)),
                 ),
             )
         self._finishing = self._finisher.submit(self._finish, step)
 
-    def _save_args(self, state: Any) -> ocp.args.PyTreeSave:
-        if not self._mirror:
-            return ocp.args.PyTreeSave(state)
-        chunks = ocp.SaveArgs(chunk_byte_size=in_bucket.OBJECT_BYTES)
-        return ocp.args.PyTreeSave(
-            state,
-            save_args=jax.tree.map(lambda _: chunks, state),
-            ocdbt_target_data_file_size=in_bucket.OBJECT_BYTES,
-        )
-
     def _finish(self, step: int) -> None:
         """Waits until Orbax writes no more, then makes a checkpoint of what it has written."""
         unfinished, final = self.folder / f"{step}{UNFINISHED}", self.folder / str(step)
         if self._mirror:
-            in_bucket.upload(self._mirror, unfinished, f"{FOLDER}/{step}", self._wait_for_orbax)
-            self._delete_older_in_bucket()
+            with self._save_errors():
+                in_bucket.upload(self._mirror, unfinished, f"{FOLDER}/{step}", self._wait_for_orbax)
+                self._delete_older_in_bucket()
             return
 
         def commit() -> None:
@@ -298,9 +288,9 @@ class Checkpoints:
             shutil.rmtree(deleted)
 
     def _delete_older_in_bucket(self) -> None:
-        older = _steps(self.folder)[: -self._to_keep] if self._to_keep else []
-        for step in older if processes.is_first() else ():
-            in_bucket.delete(self._mirror, f"{FOLDER}/{step}")
+        if self._to_keep and processes.is_first():
+            for step in _steps(self.folder)[: -self._to_keep]:
+                in_bucket.delete(self._mirror, f"{FOLDER}/{step}")
         for path in self.folder.glob("*"):  # the one that the run went on from
             shutil.rmtree(path)
 
@@ -368,40 +358,7 @@ class Checkpoints:
 
     def _checkpointer(self) -> ocp.AsyncCheckpointer:
         if not self._opened:
-            # Each process of a run in a bucket has a folder of its own, and writes all of it: when
-            # the first's is made, the others' need not be, and what Orbax merges in each is a part,
-            # which its validation would refuse.
-            shared = self._mirror is None
-            place = ocp.options.MultiprocessingOptions(primary_host=0 if shared else None)
-            making = ocp.AsyncOptions(create_directories_asynchronously=shared)
-            state = ocp.BasePyTreeCheckpointHandler(
-                # Weights and moments shrink by a fifth, and compressing them takes processors that
-                # a step on CPUs would use.
-                use_compression=False,
-                multiprocessing_options=place,
-                enable_post_merge_validation=shared,
-            )
-            handler = ocp.CompositeCheckpointHandler(
-                state=ocp.PyTreeCheckpointHandler(
-                    handler_impl=state, multiprocessing_options=place
-                ),
-                data=ocp.JsonCheckpointHandler(multiprocessing_options=place),
-                config=ocp.JsonCheckpointHandler(multiprocessing_options=place),
-                composite_options=ocp.CompositeOptions(
-                    multiprocessing_options=place, async_options=making
-                ),
-            )
-            # Not `ocp.CheckpointManager`: in another thread it asks, for the step of the save,
-            # whether a SIGTERM is to be obeyed (`processes.StopRequest`), and it deletes older
-            # checkpoints before anything has been read back from the new one.
-            self._opened = ocp.AsyncCheckpointer(
-                handler,
-                async_options=making,
-                multiprocessing_options=place,
-                checkpoint_metadata_store=ocp.metadata.metadata_store(
-                    enable_write=True, blocking_write=True
-                ),
-            )
+            self._opened = checkpointer.opened(shared=self._mirror is None)
         return self._opened
 
 

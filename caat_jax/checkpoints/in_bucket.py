@@ -15,9 +15,6 @@ from caat_jax.checkpoints import digests
 from caat_jax.devices import processes
 from caat_jax.storage.mirrors import Mirror
 
-# Of values in one object, which is in memory as a whole.
-OBJECT_BYTES = 1 << 28
-
 # Orbax writes the arrays of each process to a database of its own, state/ocdbt.process_I, then
 # merges them into these; from here that can be done only when all are in the bucket.
 _ARRAYS = "state"

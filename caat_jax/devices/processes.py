@@ -219,30 +219,12 @@ def on_first(function: Callable[[], Any], name: str = "") -> Any:
     key = f"caat_jax/first/{name or next(_firsts)}"
     if number() == 1:
         return function()
-    if not is_first():
-        return _received(key)
-    try:
-        value = function()
-    except Stop as stop:
-        _send(key, stop)
-        raise
-    except OSError as error:
-        stop = InputError(f"{error.filename or 'a file'}: {error.strerror or error}")
-        _send(key, stop)
-        raise stop from error
-    _send(key, value)
-    return value
+    return _sent(key, function) if is_first() else _received(key)
 
 
 def tell_first(function: Callable[[], Any], name: str) -> None:
     """Calls a function, and sends its JSON-able result, or its `Stop`, to the first process."""
-    try:
-        value = function()
-    except Stop as stop:
-        value = stop
-        raise
-    finally:
-        _send(f"caat_jax/told/{name}/{distributed.global_state.process_id}", value)
+    _sent(f"caat_jax/told/{name}/{distributed.global_state.process_id}", function)
 
 
 def told(name: str) -> Iterator[Any]:
@@ -291,6 +273,20 @@ def announce(stop: Stop) -> None:
         key = f"caat_jax/same/{next(_sames)}/{distributed.global_state.process_id}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others may be gone
         _send(key, stop)
+
+
+def _sent(key: str, function: Callable[[], Any]) -> Any:
+    try:
+        value = function()
+    except Stop as stop:
+        _send(key, stop)
+        raise
+    except OSError as error:
+        stop = InputError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _send(key, stop)
+        raise stop from error
+    _send(key, value)
+    return value
 
 
 def _send(key: str, value: Any) -> None:

@@ -54,6 +54,10 @@ class Mirror:
 
         bucket_lib.in_threads(fetch_one, names)
 
+    def fetch_files(self) -> None:
+        """Downloads the run's own small files as they are now; raises as `Bucket.read` does."""
+        self.fetch(name for name in self.bucket.names() if _FETCHED.fullmatch(name))
+
     def upload(self, names: Iterable[str], below: str = "", to: str = "") -> dict[str, list[int]]:
         """Uploads files; all names are relative to `below` in the folder, and `to` in the bucket.
 
@@ -102,6 +106,7 @@ class Mirror:
           InputError: another run trains there.
         """
         with lease_lib.Lease(self.bucket) as self._lease, _pushing([self]):
+            self.fetch_files()  # again: the run before may have ended since this program began
             yield
         self._lease = None
 
@@ -119,10 +124,9 @@ def folder(name: str, path: str) -> Path:
     if not bucket_lib.is_url(path):
         return user_paths.expanded(name, path)
     bucket = Bucket(name, path)
-    names = bucket.names()
     mirror = Mirror(bucket, _scratch_folder() / Path(bucket.url).name)
     mirror.folder.mkdir()
-    mirror.fetch(name for name in names if _FETCHED.fullmatch(name))
+    mirror.fetch_files()
     _mirrors[mirror.folder] = mirror
     return mirror.folder
 

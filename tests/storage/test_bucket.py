@@ -142,6 +142,17 @@ def test_a_mirror_holds_what_is_there_and_brings_back_what_changes(bucket, folde
     assert not folder.exists()
 
 
+def test_a_run_goes_on_from_what_another_wrote_while_it_waited(bucket, short_lease):
+    bucket.write("metrics.jsonl", b"1\n")
+    first, second = (mirrors.folder("--workdir", bucket.url) for _ in range(2))
+    with mirrors.of(first).held():
+        (first / "metrics.jsonl").write_text("1\n2\n")
+    with mirrors.of(second).held():
+        with open(second / "metrics.jsonl", "a") as metrics:
+            metrics.write("3\n")
+    assert bucket.read("metrics.jsonl")[0] == b"1\n2\n3\n"
+
+
 def test_mirrors_of_killed_programs_are_removed(folder_store, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     killed = tmp_path / "caat_jax_mirror_killed"
