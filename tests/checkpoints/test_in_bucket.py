@@ -168,10 +168,10 @@ def _replace(path, content):
 
 
 def kill_itself(bucket, name, content):
-    """In place of `Bucket.write`: a kill while checkpoint 10 is uploaded."""
+    """In place of `Bucket.write`: a kill when a part of checkpoint 10 is uploaded."""
+    bucket._store.write(name, content).result()
     if name.startswith("checkpoints/10/state/ocdbt"):
         os.kill(os.getpid(), signal.SIGKILL)
-    bucket._store.write(name, content).result()
 
 
 @pytest.fixture(scope="module")
