@@ -15,20 +15,22 @@ def opened(*, shared: bool) -> ocp.AsyncCheckpointer:
     Args:
       shared: all processes write to one folder; else each has a folder of its own.
     """
-    # Each process of a run in a bucket writes all of its own folder: when the first's is made, the
-    # others' need not be, and what Orbax merges in each is a part, which its validation would
-    # refuse.
-    place = ocp.options.MultiprocessingOptions(primary_host=0 if shared else None)
-    making = ocp.AsyncOptions(create_directories_asynchronously=shared)
-    state = ocp.BasePyTreeCheckpointHandler(
-        # Weights and moments shrink by a fifth, and compressing them takes processors that a step
-        # on CPUs would use.
-        use_compression=False,
-        multiprocessing_options=place,
-        enable_post_merge_validation=shared,
-    )
+    # Weights and moments shrink by a fifth, and compressing them takes processors that a step on
+    # CPUs would use.
+    if shared:
+        place, making = ocp.options.MultiprocessingOptions(), ocp.AsyncOptions()
+        state = ocp.PyTreeCheckpointHandler(use_compression=False)
+    else:
+        # Each process writes all of its own folder: when the first's is made, the others' need not
+        # be, and what Orbax merges in each is a part, which its validation would refuse.
+        place = ocp.options.MultiprocessingOptions(primary_host=None)
+        making = ocp.AsyncOptions(create_directories_asynchronously=False)
+        own = ocp.BasePyTreeCheckpointHandler(
+            use_compression=False, multiprocessing_options=place, enable_post_merge_validation=False
+        )
+        state = ocp.PyTreeCheckpointHandler(handler_impl=own, multiprocessing_options=place)
     handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(handler_impl=state, multiprocessing_options=place),
+        state=state,
         data=ocp.JsonCheckpointHandler(multiprocessing_options=place),
         config=ocp.JsonCheckpointHandler(multiprocessing_options=place),
         composite_options=ocp.CompositeOptions(multiprocessing_options=place, async_options=making),

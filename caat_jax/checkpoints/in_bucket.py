@@ -26,7 +26,11 @@ def completed(mirror: Mirror, folder: str) -> dict[str, bool]:
     """Names of the checkpoints in a folder of the bucket, and whether all of each is there."""
     names = set(mirror.bucket.names(f"{folder}/"))
     found = {name.split("/")[1] for name in names}
-    return {name: f"{folder}/{name}/{digests.FILE}" in names for name in found}
+    last = {name: f"{folder}/{name}/{digests.FILE}" for name in found}
+    # What a listing lacks is asked for, since what is not complete may be deleted.
+    return {
+        name: last[name] in names or mirror.bucket.read(last[name])[0] is not None for name in found
+    }
 
 
 def fetch(mirror: Mirror, name: str) -> None:

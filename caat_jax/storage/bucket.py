@@ -8,16 +8,12 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorstore as ts
 
 from caat_jax.errors import InputError
 
-SCHEMES = ("gs", "s3")
-# Each holds an object, and what is read back of it, in memory.
-THREADS = 4
 # Of a request, with pauses of 1, 2, 4, ... seconds; a server that is away is waited for, so long.
 RETRIES = 6
 
@@ -93,6 +89,10 @@ class Bucket:
         """
         with self._errors("listed"):
             found = self._store.list(_range(below)).result()
+            if (
+                not found
+            ):  # also where Google's store refuses to list; what it says of reading counts
+                self._store.read(f"{below}digests.json").result()
         names = [name.decode(errors="replace") for name in found]
         names = [name for name in names if not name.endswith("/")]  # folders, as web consoles make
         for name in names:
@@ -135,17 +135,6 @@ class Bucket:
                 f"{self._name}={self.url} cannot be {done}{where}:"
                 f" {reason}{hint * bool(_DENIED.search(reason))}"
             ) from error
-
-
-def is_url(path: str) -> bool:
-    """Whether a path that the user gives is to be a URL of a bucket."""
-    return path.partition("://")[0] in SCHEMES and "://" in path
-
-
-def in_threads(function: Any, items: Sequence[Any]) -> list[Any]:
-    """The results for all items, a few at a time."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
 
 
 def _amazon() -> dict[str, Any]:

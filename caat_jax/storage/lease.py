@@ -13,9 +13,12 @@ import sys
 import threading
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 from caat_jax.errors import InputError
-from caat_jax.storage.bucket import Bucket
+
+if TYPE_CHECKING:
+    from caat_jax.storage.bucket import Bucket
 
 OBJECT = "lock"
 SECONDS = 60.0
@@ -25,13 +28,13 @@ _RENEWALS = 4  # within that time
 class Lease:
     """What a run holds while it writes; a context manager."""
 
-    def __init__(self, bucket: Bucket):
+    def __init__(self, bucket: "Bucket"):
         self._bucket = bucket
         self._generation = b""  # of the object as this run left it
         self._lost = False
         self._using = threading.Lock()
         self._ended = threading.Event()
-        self._renewing = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._renewing = threading.Thread(target=self._renew_regularly, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
         """Takes it, and waits up to `SECONDS` for that where a run may have been killed.
@@ -68,6 +71,11 @@ class Lease:
                 f" sign of life for {SECONDS:.0f} s; nothing more is written"
             )
 
+    def renew(self) -> None:
+        """Gives a sign of life, unless another run has taken over; raises as `Bucket.swap` does."""
+        with self._using:
+            self._lost = self._lost or not self._swap()
+
     def _when_free(self, holder: str, generation: bytes) -> bytes:
         """The generation to replace."""
         print(
@@ -103,13 +111,11 @@ class Lease:
         self._generation = new
         return True
 
-    def _renew(self) -> None:
+    def _renew_regularly(self) -> None:
         while not self._ended.wait(SECONDS / _RENEWALS):
             # A store that does not answer now may do so before anybody takes over.
-            with contextlib.suppress(InputError), self._using:
-                if not self._swap():
-                    self._lost = True
-                    return
+            with contextlib.suppress(InputError):
+                self.renew()
 
 
 def _process() -> str:

@@ -12,17 +12,22 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from caat_jax import files
 from caat_jax.config import user_paths
 from caat_jax.devices import processes
 from caat_jax.errors import InputError
-from caat_jax.storage import bucket as bucket_lib
-from caat_jax.storage import lease as lease_lib
-from caat_jax.storage.bucket import Bucket
+from caat_jax.storage.lease import Lease
 
+if TYPE_CHECKING:
+    from caat_jax.storage.bucket import Bucket
+
+# Each holds an object, and what is read back of it, in memory.
+THREADS = 4
 _PREFIX = "caat_jax_mirror_"
 # What a mirror begins with: small files that going on with a run, or using it, may need.  Whatever
 # else a URL leads to, such as a folder of many runs, stays there.
@@ -36,9 +41,9 @@ _mirrors: dict[Path, "Mirror"] = {}
 class Mirror:
     """A folder of this process alone for the objects below a URL."""
 
-    def __init__(self, bucket: Bucket, folder: Path):
+    def __init__(self, bucket: "Bucket", folder: Path):
         self.bucket, self.folder = bucket, folder
-        self._lease: lease_lib.Lease | None = None
+        self._lease: Lease | None = None
         self._states: dict[str, tuple[int, int]] = {}  # of files that are the same in the bucket
 
     def fetch(self, names: Iterable[str]) -> None:
@@ -52,7 +57,7 @@ class Mirror:
                 path.write_bytes(content)
                 self._states[name] = _state(path)
 
-        bucket_lib.in_threads(fetch_one, names)
+        _in_threads(fetch_one, names)
 
     def fetch_files(self) -> None:
         """Downloads the run's own small files as they are now; raises as `Bucket.read` does."""
@@ -78,7 +83,7 @@ class Mirror:
             return [len(content), zlib.crc32(content)]
 
         names = list(names)
-        return dict(zip(names, bucket_lib.in_threads(upload_one, names), strict=True))
+        return dict(zip(names, _in_threads(upload_one, names), strict=True))
 
     def push(self) -> None:
         """Uploads the files that are new or have changed, but for checkpoints; the first process.
@@ -105,10 +110,13 @@ class Mirror:
         Raises:
           InputError: another run trains there.
         """
-        with lease_lib.Lease(self.bucket) as self._lease, _pushing([self]):
-            self.fetch_files()  # again: the run before may have ended since this program began
-            yield
-        self._lease = None
+        with Lease(self.bucket) as self._lease:
+            try:
+                with _pushing([self]):
+                    self.fetch_files()  # again: the run before may have ended in the meantime
+                    yield
+            finally:
+                self._lease = None
 
 
 def folder(name: str, path: str) -> Path:
@@ -121,12 +129,15 @@ def folder(name: str, path: str) -> Path:
     Raises:
       InputError: it is no path, or the bucket cannot be read.
     """
-    if not bucket_lib.is_url(path):
+    if not path.startswith(("gs://", "s3://")):
         return user_paths.expanded(name, path)
-    bucket = Bucket(name, path)
-    mirror = Mirror(bucket, _scratch_folder() / Path(bucket.url).name)
-    mirror.folder.mkdir()
-    mirror.fetch_files()
+    from caat_jax.storage.bucket import Bucket  # TensorStore, which folders need not wait for
+
+    with _no_stderr():
+        bucket = Bucket(name, path)
+        mirror = Mirror(bucket, _scratch_folder() / Path(bucket.url).name)
+        mirror.folder.mkdir()
+        mirror.fetch_files()
     _mirrors[mirror.folder] = mirror
     return mirror.folder
 
@@ -172,6 +183,25 @@ def _pushing(mirrors: Iterable[Mirror]) -> Iterator[None]:
         mirror.push()
 
 
+def _in_threads(function: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
+    """The results for all names, a few at a time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, names))
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """For the first requests: TensorStore prints an error for each place without credentials."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def _state(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
@@ -180,23 +210,24 @@ def _state(path: Path) -> tuple[int, int]:
 def _scratch_folder() -> Path:
     """A new one where TMPDIR says, removed at the end; those of killed programs are removed now."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        descriptor = _locked(path)
+        descriptor = _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if descriptor is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        if _locked(path) is not None and path.exists():  # before another program removed it
+        _locked(path, fcntl.LOCK_EX)  # waits for a program that is removing it
+        if path.exists():
             atexit.register(shutil.rmtree, path, ignore_errors=True)
             return path
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that locks it until this process ends; None where another holds it."""
+def _locked(folder: Path, how: int) -> int | None:
+    """A descriptor that locks it until this process ends; None where that cannot be."""
     descriptor = None
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how)
         return descriptor
     except OSError:
         if descriptor is not None:

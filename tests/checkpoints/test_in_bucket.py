@@ -16,15 +16,14 @@ from caat_jax.checkpoints import workdir as workdir_lib
 from caat_jax.checkpoints.checkpoints import Checkpoints
 from caat_jax.config.resolve import resolve
 from caat_jax.errors import InputError
-from caat_jax.storage import lease as lease_lib
 from caat_jax.storage import mirrors
 from caat_jax.storage.bucket import Bucket
 from configs import base
 from tests import runs
 from tests.command_line import run_forked
-from tests.storage.stores import folder_store, s3_server
+from tests.storage.stores import clock, folder_store, s3_server
 
-__all__ = ["folder_store"]  # a fixture
+__all__ = ["clock", "folder_store"]  # fixtures
 
 URL = "s3://bucket/run"
 
@@ -146,12 +145,15 @@ def test_where_all_are_damaged_nothing_changes(saved):
     assert sorted(saved.rglob("*")) == before
 
 
-def test_a_second_run_writes_nothing_and_a_first_that_lost_its_place_neither(saved, monkeypatch):
-    monkeypatch.setattr(lease_lib, "SECONDS", 0.4)
+def test_a_second_run_writes_nothing_and_a_first_that_lost_its_place_neither(saved, clock):
     first, second = (mirrors.folder("--workdir", URL) for _ in range(2))
-    with workdir_lib.sole_run(first):
-        with pytest.raises(InputError, match="is training there"), workdir_lib.sole_run(second):
+    clock.meanwhile = lambda: _replace(saved / "lock", b"process 1 on another, 2")
+    with pytest.raises(InputError, match="is training there"):
+        _replace(saved / "lock", b"process 1 on another, 1")
+        with workdir_lib.sole_run(second):
             raise AssertionError("two runs at a time")
+    (saved / "lock").unlink()
+    with workdir_lib.sole_run(first):
         (first / "metrics.jsonl").write_text("{}\n")
     assert (saved / "metrics.jsonl").exists()
     with pytest.raises(InputError, match="has taken over"), workdir_lib.sole_run(first):
@@ -163,8 +165,9 @@ def test_a_second_run_writes_nothing_and_a_first_that_lost_its_place_neither(sav
 
 
 def _replace(path, content):
-    path.unlink()
-    path.write_bytes(content)
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.replace(path)
 
 
 def kill_itself(bucket, name, content):

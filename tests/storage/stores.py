@@ -1,13 +1,13 @@
-"""Stores of objects on this machine: folders, for what is cheap, and a server that speaks S3."""
+"""Stores of objects on this machine: folders, for what is cheap, and servers."""
 
 import contextlib
+import http.server
 import importlib.util
 import os
-import signal
-import socket
+import re
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tensorstore as ts
 
+from caat_jax.storage import lease as lease_lib
 from caat_jax.storage import mirrors
 from caat_jax.storage.bucket import Bucket
 
@@ -40,7 +41,32 @@ def folder_store(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv(FOLDERS, str(tmp_path / "store"))
     monkeypatch.setattr(Bucket, "_opened", open_folder)
     monkeypatch.setattr(mirrors, "_mirrors", {})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path / "store" / "bucket"
+
+
+class Clock:
+    """In place of `time` where a run waits for another's sign of life: no time passes."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.meanwhile = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    """That of the leases in this process, which are renewed by `clock.meanwhile` alone."""
+    patched = Clock()
+    monkeypatch.setattr(lease_lib, "time", patched)
+    monkeypatch.setattr(lease_lib, "SECONDS", 1e6)
+    return patched
 
 
 @contextlib.contextmanager
@@ -51,37 +77,53 @@ def s3_server(*, checks_credentials: bool = False) -> Iterator[dict[str, str]]:
     """
     if not importlib.util.find_spec("moto"):
         pytest.skip("moto, of requirements-dev.txt, is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    environment = {
-        "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_ENDPOINT_URL": endpoint,
-    }
     # Requests from then on need credentials that the server has given out: none are.
     counted = {"INITIAL_NO_AUTH_ACTION_COUNT": "0"} if checks_credentials else {}
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(
-        command, env=os.environ | counted, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_for(endpoint, server)
-        if not checks_credentials:
-            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
-        yield environment
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
-
-
-def _wait_for(endpoint: str, server: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
-    while True:
+    command = [sys.executable, "-m", "moto.server", "--host=127.0.0.1", "--port=0"]
+    with subprocess.Popen(
+        command, env=os.environ | counted, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as server:
         try:
-            urllib.request.urlopen(f"{endpoint}/moto-api/").close()
-            return
-        except OSError:
-            assert time.monotonic() < end and server.poll() is None, "the server does not start"
-            time.sleep(0.1)
+            said = iter(server.stderr)
+            found = (re.search(rb"Running on (http://[\d.:]+)", line) for line in said)
+            endpoint = next(match for match in found if match)[1].decode()
+            threading.Thread(target=lambda: list(said), daemon=True).start()
+            if not checks_credentials:
+                urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bucket", method="PUT"))
+            yield {
+                "AWS_ACCESS_KEY_ID": "somebody",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_ENDPOINT_URL": endpoint,
+            }
+        finally:
+            server.terminate()
+
+
+class _Refusal(http.server.BaseHTTPRequestHandler):
+    """What both stores say to somebody without credentials."""
+
+    def do_GET(self) -> None:
+        is_amazon = "list-type" in self.path
+        body = b"<Error><Code>AccessDenied</Code></Error>" if is_amazon else b"{}"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def refusing_server() -> Iterator[dict[str, str]]:
+    """Stores of both kinds that refuse everything; the environment variables that lead there."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        yield {
+            "AWS_ENDPOINT_URL": f"http://{address}",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "TENSORSTORE_GCS_HTTP_URL": f"http://{address}",
+            "GCE_METADATA_ROOT": address,
+        }
+        server.shutdown()

@@ -1,7 +1,6 @@
 """Objects, names and URLs; the lease; mirrors of what is below a URL."""
 
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,9 +10,10 @@ from caat_jax.storage import lease as lease_lib
 from caat_jax.storage import mirrors
 from caat_jax.storage.bucket import Bucket
 from caat_jax.storage.lease import Lease
-from tests.storage.stores import folder_store, s3_server
+from tests.command_line import assert_refused, run_as_users_do, run_forked
+from tests.storage.stores import clock, folder_store, refusing_server, s3_server
 
-__all__ = ["folder_store"]  # a fixture
+__all__ = ["clock", "folder_store"]  # fixtures
 
 
 @pytest.fixture
@@ -65,59 +65,53 @@ def test_what_is_not_read_back_as_it_was_written_is_noticed(bucket, monkeypatch)
         bucket.write("a", b"content")
 
 
-@pytest.fixture
-def short_lease(monkeypatch):
-    monkeypatch.setattr(lease_lib, "SECONDS", 0.4)
+def test_of_many_that_replace_it_at_once_one_does(bucket):
+    _, nothing = bucket.read("lock")
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda n: bucket.swap("lock", b"%d" % n, nothing), range(8)))
+    assert len([generation for generation in done if generation]) == 1
 
 
-def test_one_run_at_a_time(bucket, short_lease):
-    with Lease(bucket):
+def test_one_run_at_a_time(bucket, clock):
+    with Lease(bucket) as first:
+        clock.meanwhile = first.renew
         with pytest.raises(InputError, match=r"s3://bucket/run: process \d+ on .* is training"):
             with Lease(bucket):
                 raise AssertionError("two runs at a time")
+        first.check()
     assert bucket.names() == []
     with Lease(bucket) as lease:
         lease.check()
 
 
-def test_of_many_that_start_at_once_one_runs(bucket, short_lease):
-    holding, refused = [], []
-    everybody, all_tried = threading.Barrier(8), threading.Barrier(8)
-
-    def start():
-        everybody.wait()
-        try:
-            with Lease(Bucket("--workdir", bucket.url)):
-                holding.append(1)
-                all_tried.wait()
-        except InputError:
-            refused.append(1)
-            all_tried.wait()
-
-    # They find an object, which does not change, or none; either way one makes it.
-    _run_threads(start, 8)
-    assert (len(holding), len(refused)) == (1, 7)
-
-
-def _run_threads(function, number):
-    threads = [threading.Thread(target=function) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def test_a_run_that_gives_no_sign_of_life_is_followed(bucket, short_lease, monkeypatch):
-    monkeypatch.setattr(Lease, "_renew", lambda self: None)
+def test_a_run_that_ends_while_another_waits_is_followed_at_once(bucket, clock):
     first = Lease(bucket)
     first.__enter__()
-    started = time.monotonic()
+    clock.meanwhile = first.__exit__
     with Lease(bucket) as second:
-        assert time.monotonic() - started >= 0.4
+        second.check()
+    assert clock.now < lease_lib.SECONDS
+
+
+def test_a_run_that_gives_no_sign_of_life_is_followed(bucket, clock):
+    first = Lease(bucket)
+    first.__enter__()
+    with Lease(bucket) as second:
+        assert clock.now >= lease_lib.SECONDS
         with pytest.raises(InputError, match="another run has taken over"):
             first.check()
+        first.renew()
         first.__exit__()
         second.check()
+
+
+def test_a_run_renews_its_lease_until_it_ends(bucket, monkeypatch):
+    monkeypatch.setattr(lease_lib, "SECONDS", 0.01)
+    with Lease(bucket):
+        first = bucket.read("lock")[0]
+        while bucket.read("lock")[0] == first:
+            pass
+    assert bucket.names() == []
 
 
 def test_a_mirror_holds_what_is_there_and_brings_back_what_changes(bucket, folder_store):
@@ -142,7 +136,7 @@ def test_a_mirror_holds_what_is_there_and_brings_back_what_changes(bucket, folde
     assert not folder.exists()
 
 
-def test_a_run_goes_on_from_what_another_wrote_while_it_waited(bucket, short_lease):
+def test_a_run_goes_on_from_what_another_wrote_while_it_waited(bucket):
     bucket.write("metrics.jsonl", b"1\n")
     first, second = (mirrors.folder("--workdir", bucket.url) for _ in range(2))
     with mirrors.of(first).held():
@@ -153,8 +147,7 @@ def test_a_run_goes_on_from_what_another_wrote_while_it_waited(bucket, short_lea
     assert bucket.read("metrics.jsonl")[0] == b"1\n2\n3\n"
 
 
-def test_mirrors_of_killed_programs_are_removed(folder_store, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_mirrors_of_killed_programs_are_removed(folder_store, tmp_path):
     killed = tmp_path / "caat_jax_mirror_killed"
     (killed / "run").mkdir(parents=True)
     running = mirrors.folder("--workdir", "s3://bucket/run")
@@ -171,13 +164,13 @@ def s3():
 
 
 @pytest.mark.slow
-def test_the_protocol_s3(s3, short_lease):
+def test_the_protocol_s3(s3, clock):
     bucket = Bucket("--workdir", "s3://bucket/run")
     test_names_are_those_below_the_url_alone(bucket)
     test_only_one_of_those_who_saw_the_same_object_replaces_it(bucket)
     bucket.delete("")
-    test_one_run_at_a_time(bucket, short_lease)
-    test_of_many_that_start_at_once_one_runs(bucket, short_lease)
+    test_one_run_at_a_time(bucket, clock)
+    test_a_run_that_gives_no_sign_of_life_is_followed(bucket, clock)
 
 
 @pytest.mark.slow
@@ -195,9 +188,22 @@ def test_credentials_that_do_not_fit_are_said(monkeypatch):
             mirrors.folder("--workdir", "s3://bucket/run")
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
+def test_without_credentials_one_line_says_where_they_are_looked_for(tmp_path, url):
+    with refusing_server() as environment:
+        result = run_forked(["eval.py", f"--workdir={url}"], tmp_path, environment)
+    assert_refused(result, f"--workdir={url} cannot be listed", "docs/scale_out.md says where")
+
+
 def test_a_store_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr(bucket_lib, "RETRIES", 0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     with pytest.raises(InputError, match=r"--workdir=s3://bucket/run cannot be listed"):
         mirrors.folder("--workdir", "s3://bucket/run")
+
+
+@pytest.mark.slow
+def test_folders_do_not_wait_for_the_library_of_stores():
+    code = "import sys, caat_jax.storage.mirrors; assert 'tensorstore' not in sys.modules"
+    assert run_as_users_do("-c", code)[0] == 0
