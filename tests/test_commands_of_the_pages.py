@@ -18,6 +18,7 @@ PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "do
 NOT_HERE = {
     "pip install": "installs",
     "gcloud": "needs an account",
+    "gs://": "needs a bucket; tests/checkpoints/test_in_bucket.py has a server of its own",
     "sbatch": "needs Slurm; tests/devices/test_processes.py reads the script",
     "--process_id=$process": "tests/devices/test_processes.py runs it",
     "$model": "a loop over commands of which the page has others",
