@@ -40,7 +40,8 @@ def load(
     """Loads a model onto this machine's devices, whatever it was trained on.
 
     Args:
-      path: a run's folder, whose newest checkpoint is taken, or a Llama in Hugging Face's format.
+      path: a run's folder, or its URL in a bucket, whose newest checkpoint is taken; or a folder
+        with a Llama in Hugging Face's format.
       mesh: sizes of the mesh axes `data`, `fsdp` and `model`, 1 where left out; their product may
         be smaller than the number of devices.  By default all devices are used, as many as
         possible for `model`.
