@@ -10,7 +10,7 @@ from caat_jax.storage import lease as lease_lib
 from caat_jax.storage import mirrors
 from caat_jax.storage.bucket import Bucket
 from caat_jax.storage.lease import Lease
-from tests.command_line import assert_refused, run_as_users_do, run_forked
+from tests.command_line import assert_refused, run_as_users_do, run_here
 from tests.storage.stores import clock, folder_store, refusing_server, s3_server
 
 __all__ = ["clock", "folder_store"]  # fixtures
@@ -189,10 +189,15 @@ def test_credentials_that_do_not_fit_are_said(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
-def test_without_credentials_one_line_says_where_they_are_looked_for(tmp_path, url):
+def test_without_credentials_one_line_says_where_they_are_looked_for(
+    tmp_path, monkeypatch, capfd, url
+):
     with refusing_server() as environment:
-        result = run_forked(["eval.py", f"--workdir={url}"], tmp_path, environment)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        result = run_here(["eval.py", f"--workdir={url}"], tmp_path)
     assert_refused(result, f"--workdir={url} cannot be listed", "docs/scale_out.md says where")
+    assert capfd.readouterr().err == ""  # what TensorStore itself prints
 
 
 def test_a_store_that_does_not_answer_is_named(monkeypatch):
