@@ -106,6 +106,17 @@ def test_an_upload_that_is_cut_off_leaves_the_checkpoint_before(saved, monkeypat
         check_restored(workdir, 15)
 
 
+def test_what_a_listing_lacks_is_asked_for(saved, monkeypatch):
+    names = Bucket.names
+
+    def cut_off(*arguments):
+        return [name for name in names(*arguments) if not name.endswith("digests.json")]
+
+    monkeypatch.setattr(Bucket, "names", cut_off)
+    mirror = mirrors.of(mirrors.folder("--workdir", URL))
+    assert in_bucket.completed(mirror, "checkpoints") == {"5": True, "10": True}
+
+
 def damage(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
