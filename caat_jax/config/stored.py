@@ -48,7 +48,8 @@ def from_json(fields: dict[str, Any]) -> Config:
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )
         data = {"own_text": False, **fields["data"]}
-        optimizer = {"schedule": "cosine", "cooldown_steps": 0, **fields["optimizer"]}
+        cooldown = fields["optimizer"]["decay_steps"] // 5  # as the default, which a cosine ignores
+        optimizer = {"schedule": "cosine", "cooldown_steps": cooldown, **fields["optimizer"]}
         # Nor had wires blocks, nothing emulated them, and batches had no parts.
         added = {"wire_block": 128, "emulate_wires": False, "batch_parts": 0}
         compute = added | fields["compute"]

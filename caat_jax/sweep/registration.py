@@ -33,15 +33,19 @@ def register(plan: Plan, workdir: Path) -> None:
         files.write(path, json.dumps({_DATE: now, **content(plan)}, indent=2) + "\n")
         return
     expected = json.loads(json.dumps(content(plan)))
-    for name, value in expected.items():
-        if there.get(name) != value:
-            said = f"{name}: registered {there.get(name)}, requested {value}"
-            if name == _RUN and name in there:
-                said = "; ".join(difference(from_json(there[name]), from_json(value)))
-            raise InputError(
-                f"{path} is the plan of another study, registered on {there.get(_DATE)} ({said});"
-                " give another --workdir"
-            )
+    run = expected.pop(_RUN)
+    differing = [
+        f"{name}: registered {there.get(name)}, requested {value}"
+        for name, value in expected.items()
+        if there.get(name) != value
+    ]
+    # As configurations: the plan of an older version lacks fields that were added since.
+    differing += difference(from_json(there.get(_RUN, {})), from_json(run))
+    if differing:
+        raise InputError(
+            f"{path} is the plan of another study, registered on {there.get(_DATE)}"
+            f" ({'; '.join(differing)}); give another --workdir"
+        )
 
 
 def content(plan: Plan) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from caat_jax.communication import traced_programs
 from caat_jax.config.sections import Config, MeshConfig
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import sharding
+from caat_jax.errors import InputError
 from caat_jax.sweep import picture, protocol
 from caat_jax.sweep.plan import Plan, Run
 from caat_jax.sweep.protocol import Verdict
@@ -110,11 +111,22 @@ def _step_wire_bytes(config: Config) -> float:
 
 
 def read(plan: Plan, workdir: Path) -> list[Result]:
-    """Of the runs that are done."""
+    """Of the runs that are done.
+
+    Raises:
+      InputError: a result lacks what `result` writes.
+    """
     results = []
     for run in plan.runs:
+        path = run_folder(workdir, run) / RESULT_FILE
         with contextlib.suppress(FileNotFoundError):
-            found = files.read_json(run_folder(workdir, run) / RESULT_FILE, dict)
+            found = files.read_json(path, dict)
+            missing = [name for name in Result._fields[2:] if name not in found]
+            if missing:
+                raise InputError(
+                    f"{path} has no {', '.join(missing)}: another version wrote it; delete it, and"
+                    " the same command writes it anew from the finished run"
+                )
             losses = tuple(map(float, found["losses"]))
             numbers = (found["tokens"], found["wire_bytes"])
             results.append(Result(run.setting, run.seed, *numbers, losses))

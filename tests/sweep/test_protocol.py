@@ -95,7 +95,10 @@ def test_steps_for_equal_loss():
 
 @pytest.fixture(scope="module")
 def plan():
-    return sweep_plan.resolve(equivalence.get_config())
+    config = equivalence.get_config()
+    config.grid.model.sync_factor = (1.0, 0.75, 0.5, 0.25, 0.0)
+    config.grid.seed = tuple(range(12))
+    return sweep_plan.resolve(config)
 
 
 def with_results(plan, workdir, seeds, losses):
@@ -149,6 +152,14 @@ def test_registered_plan_stays(plan, tmp_path):
     with pytest.raises(InputError, match=r"margin: registered 0\.01, requested 0\.02"):
         registration.register(plan._replace(margin=0.02), tmp_path)
     assert path.read_text() == first
+    # That of a version without the field `compute.batch_parts`; that of another run.
+    del registered["run"]["compute"]["batch_parts"]
+    path.write_text(json.dumps(registered))
+    registration.register(plan, tmp_path)
+    registered["run"]["compute"]["remat"] = True
+    path.write_text(json.dumps(registered))
+    with pytest.raises(InputError, match=r"\(compute\.remat: stored True, requested False\)"):
+        registration.register(plan, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -361,6 +361,15 @@ def test_results_file_of_a_run_is_read_back(tmp_path):
     assert "nan" in report.write(plan, tmp_path)
 
 
+def test_result_of_another_version(tmp_path):
+    plan = plan_of((1.0,), (8,), (0,))
+    folder = report.run_folder(tmp_path, plan.runs[0])
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"loss": 1.0, "tokens": 3, "wire_bytes": 4}')
+    with pytest.raises(InputError, match=r"result\.json has no losses: .* delete it"):
+        report.read(plan, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
