@@ -6,6 +6,8 @@ docs/quality.md has a test of its own, tests/sweep/test_quality_docs.py.
 
 import csv
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,9 @@ def wire_sentences():
         for part in ("train", "prefill 8x64")
     ]
     yield "docs/wires.md", "The bytes are {:.2f} and {:.2f} times fewer", fewer
+    for part, name in (("train", "training"), ("prefill 8x64", "prefill")):
+        times = [rows[part, "none", system]["ms"] for system in (base, low, half)]
+        yield "docs/log.md", f"{{:.0f}}, {{:.0f}} and {{:.0f}} ms in {name}", times
 
 
 def quality_sentences():
@@ -232,6 +237,82 @@ def step_time_sentences():
     yield "docs/idea.md", "[{:.1f} to {:.1f} times the step](step_time.md)", together
 
 
+def prediction_sentences():
+    for model, name in (("130m", "130M"), ("1b", "1.1B"), ("7b", "7B")):
+        rows = read_json(f"measured/step_time_{model}.json")["predictions"]
+        for chip in dict.fromkeys(row["chip"] for row in rows):
+            full, half, quarter = (row for row in rows if row["chip"] == chip)
+            cells = [span(row["step"], 1e3, digits) for row in (full, half, quarter)]
+            cells += [span(full[key], 100, whole) for key in ("exposed_fraction", "mfu")]
+            cells += [span(row["speed_up"], 1, "{:.2f}".format) for row in (half, quarter)]
+            yield "docs/step_time_model.md", f"| {name} | {chip} | {' | '.join(cells)} |", []
+    gains = {row["chip"]: row["speed_up"] for row in rows if row["p"] == "0.5"}
+    yield (
+        "docs/benchmarks.md",
+        "it predicts {:.2f} times the speed of p = 1 on v5p, {:.2f} to {:.2f} on H100 with NVLink"
+        " and {:.2f} to {:.2f} over InfiniBand alone",
+        [gains["v5p"][OVERLAPPED]]
+        + [gain for chip in ("h100-nvlink", "h100-infiniband") for gain in gains[chip].values()],
+    )
+
+
+OVERLAPPED = "all_overlaps"
+
+
+def span(bounds, unit, form):
+    """Where all gathers and gradient sums overlap, and where none does."""
+    ends = [form(unit * bounds[name]) for name in (OVERLAPPED, "nothing_overlaps")]
+    return "\N{EN DASH}".join(dict.fromkeys(ends))
+
+
+def digits(value):
+    """Three, or all those before the point."""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def whole(value):
+    return f"{value:.0f}"
+
+
+def size_sentences():
+    tiny = parameters(264, 256, 768, layers=4, heads=8 * 32, kv_heads=8 * 32)
+    yield "README.md", "a {:.1f} M-parameter model", [tiny / 1e6]
+    smollm2 = dict(layers=30, heads=9 * 64, kv_heads=3 * 64, tied=True)
+    source = parameters(49152, 576, 1536, **smollm2)
+    nine = parameters(49158, 576, 1539, **smollm2)
+    eight = parameters(49152, 576, 1536, **smollm2 | dict(heads=16 * 64, kv_heads=4 * 64))
+    for padded in (nine, eight):
+        figures = [source / 1e6, padded / 1e6]
+        yield "docs/huggingface.md", "| {:.2f} M → {:.2f} M |", figures
+
+
+def parameters(vocabulary, width, mlp, *, layers, heads, kv_heads, tied=False):
+    """Of a Llama whose heads are so wide in all."""
+    layer = 2 * width * (heads + kv_heads) + 3 * width * mlp + 2 * width
+    return (1 if tied else 2) * vocabulary * width + layers * layer + width
+
+
+def checkpointing_sentences():
+    text = (DOCS / "measured/checkpointing_tiny.txt").read_text()
+    (size,) = re.findall(r"(\d+) MB a checkpoint", text)
+    ms = {
+        name.strip(): float(value)
+        for name, value in re.findall(r"^(.*?)  +([\d.]+) ms", text, re.M)
+    }
+    (ratio,) = re.findall(r"start of a save .* ms +([\d.]+) of a step", text)[1:]
+    yield (
+        "docs/scale_out.md",
+        f"| tiny, 16 x 256 tokens | {size} MB | {{:,.0f}} ms | {ratio} of a step | {{:.0f}} ms |"
+        " {:.0f} ms | {:.0f} ms |",
+        [
+            ms["step, nothing being saved"],
+            ms["start of a save"],
+            ms["digests compared"],
+            ms["restored, digests not compared"],
+        ],
+    )
+
+
 def summaries(name, module):
     plan = plans.resolve(module.get_config())
     return report.summarise(plan, results_of(name, plan))
@@ -243,7 +324,10 @@ SENTENCES = [
     *conversion_sentences(),
     *wire_sentences(),
     *quality_sentences(),
+    *checkpointing_sentences(),
+    *size_sentences(),
     *step_time_sentences(),
+    *prediction_sentences(),
 ]
 
 
