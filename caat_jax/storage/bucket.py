@@ -147,8 +147,10 @@ def _amazon() -> dict[str, Any]:
 
 
 def _range(below: str) -> ts.KvStore.KeyRange:
-    # Names are UTF-8, in which there is no byte 0xFF: all that begin so come before it.
-    return ts.KvStore.KeyRange(below, below.encode() + b"\xff") if below else ts.KvStore.KeyRange()
+    if not below:
+        return ts.KvStore.KeyRange()
+    # To the next name of this length: TensorStore sends the end to Google's store, as UTF-8.
+    return ts.KvStore.KeyRange(below, below[:-1] + chr(ord(below[-1]) + 1))
 
 
 def _is_name(name: str) -> bool:

@@ -33,6 +33,7 @@ def test_names_are_those_below_the_url_alone(bucket):
         bucket.write(name, name.encode())
     assert bucket.names() == ["a/1", "a/2", "ab", "b"]
     assert bucket.names("a/") == ["a/1", "a/2"]
+    assert bucket.names("a") == ["a/1", "a/2", "ab"]
     bucket.delete("a/")
     assert bucket.names() == ["ab", "b"] and bucket.read("a/1")[0] is None
 
