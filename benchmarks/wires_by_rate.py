@@ -7,6 +7,7 @@ measured: `caat_jax.step_time` explains the model, in which all gathers and grad
 overlap do.  Takes half a minute.
 """
 
+import csv
 import dataclasses
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from caat_jax.step_time import model
 from caat_jax.step_time.model import Workload
 from configs import llama_7b
 
-OUTPUT = flags.DEFINE_string("output", "wires.png", "PNG to write.")
+OUTPUT = flags.DEFINE_string("output", "wires.png", "PNG to write, and a CSV file beside it.")
 
 DEVICES = 64
 GIGABYTES = (3.125, 6.25, 12.5, 25, 50, 100, 200, 400, 800)
@@ -38,7 +39,12 @@ def main() -> None:
     print(f"{'GB/s':16}" + "".join(f"{rate:>8g}" for rate in GIGABYTES))
     for system, row in gains.items():
         print(f"{_name(system):16}" + "".join(f"{gain:8.2f}" for gain in row))
-    _plot(gains, Path(OUTPUT.value))
+    output = Path(OUTPUT.value)
+    _plot(gains, output)
+    with output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["system", *GIGABYTES])
+        writer.writerows([_name(system), *row] for system, row in gains.items())
 
 
 def _workload(p: float, wire: str) -> Workload:

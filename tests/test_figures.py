@@ -205,6 +205,10 @@ def wire_sentences():
     for part, name in (("train", "training"), ("prefill 8x64", "prefill")):
         times = [rows[part, "none", system]["ms"] for system in (base, low, half)]
         yield "docs/log.md", f"{{:.0f}}, {{:.0f}} and {{:.0f}} ms in {name}", times
+    for row in read_csv("wires.csv"):
+        name, *gains = row.values()
+        cells = " | ".join(["{:.2f}"] * len(gains))
+        yield "docs/wires.md", f"| {name} | {cells} |", map(float, gains)
 
 
 def quality_sentences():
@@ -254,6 +258,11 @@ def prediction_sentences():
         [gains["v5p"][OVERLAPPED]]
         + [gain for chip in ("h100-nvlink", "h100-infiniband") for gain in gains[chip].values()],
     )
+    times = [
+        1e3 * read_json(f"measured/step_time_7b_{wire}.json")["predictions"][1]["step"][OVERLAPPED]
+        for wire in ("bfloat16", "int8")
+    ]
+    yield "docs/wires.md", "{:,.0f} ms at p = 0.5 in bfloat16 and {:,.0f} ms in int8", times
 
 
 OVERLAPPED = "all_overlaps"
