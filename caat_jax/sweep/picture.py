@@ -67,7 +67,7 @@ def plot(
         label = _label(plan.fields, summary.setting)
         over_steps.plot(curve.steps, curve.losses, **look, label=label)
         over_bytes.plot(curve.sent, curve.losses, **look)
-    last = [s.loss for s in summaries if math.isfinite(s.loss)]
+    last = [curve.losses[-1] for curve in curves.values() if math.isfinite(curve.losses[-1])]
     for panel in (over_steps, over_bytes):
         if last:
             # The first losses are high and alike: they would hide the differences.
@@ -135,7 +135,7 @@ def _plot_by_value(
         names = [textwrap.fill(_words(plan.compared, value), 16) for value in values]
         panel.set_xticks(list(at.values()), names, fontsize=figures.SMALL)
         panel.margins(x=0.15)
-    title = "Last validation loss; bars: deviation over seeds"
+    title = "Validation loss at the end; bars: deviation over seeds"
     panel.set(xlabel=_NAMES.get(plan.compared, plan.compared), title=title)
 
 

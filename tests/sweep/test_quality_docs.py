@@ -1,14 +1,15 @@
 """The tables of docs/quality.md are those of the results files beside it."""
 
 import csv
+import shutil
 
 import pytest
 
 from caat_jax.sweep import plan as sweep_plan
-from caat_jax.sweep import report
+from caat_jax.sweep import registration, report
 from configs import (
     equivalence,
-    equivalence_rates,
+    equivalence_widths,
     sweep,
     sweep_half,
     sweep_quarter,
@@ -34,22 +35,49 @@ def results_of(name, plan):
     return results
 
 
+def high_rate():
+    """That of the study's command with twice the learning rate."""
+    config = equivalence.get_config()
+    config.run.optimizer.peak_learning_rate = 3e-3
+    config.run.optimizer.warmup_steps = 20
+    config.grid.model.sync_factor = (1.0, 0.75, 0.5, 0.25, 0.0)
+    config.grid.seed = tuple(range(12))
+    return config
+
+
 @pytest.mark.parametrize(
-    ("name", "module"),
+    ("name", "config", "runs"),
     [
-        ("equivalence", equivalence),
-        ("equivalence_rates", equivalence_rates),
-        ("sweep", sweep),
-        ("half", sweep_half),
-        ("quarter", sweep_quarter),
-        ("wires", sweep_wires),
+        ("equivalence", equivalence.get_config, 16),
+        ("equivalence_high_rate", high_rate, 40),
+        ("equivalence_widths_128", equivalence_widths.get_config, 12),
+        ("sweep", sweep.get_config, 30),
+        ("quarter", sweep_quarter.get_config, 12),
+        ("wires", sweep_wires.get_config, 27),
     ],
 )
-def test_tables_are_those_of_the_results(name, module):
-    plan = sweep_plan.resolve(module.get_config())
+def test_tables_are_those_of_the_results(name, config, runs):
+    plan = sweep_plan.resolve(config())
     results = results_of(name, plan)
-    assert len(results) == (40 if name == "equivalence" else len(plan.runs))
+    assert len(results) == runs
     assert report.table(plan, report.summarise(plan, results)) in PAGE
+
+
+def test_difference_of_the_continued_training():
+    """The one that the page quotes of a table that it leaves out."""
+    plan = sweep_plan.resolve(sweep_half.get_config())
+    summaries = report.summarise(plan, results_of("half", plan))
+    (found,) = (s for s in summaries if s.setting == ((), ((600, 1.0),)))
+    assert f"{found.difference:+.4f} ({found.lower:+.4f} to {found.upper:+.4f})" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("equivalence", equivalence.get_config), ("equivalence_high_rate", high_rate)],
+)
+def test_registered_plan_is_that_of_the_command(name, config, tmp_path):
+    shutil.copy(REPOSITORY / f"docs/quality/{name}_plan.json", tmp_path / registration.PLAN_FILE)
+    registration.register(sweep_plan.resolve(config()), tmp_path)
 
 
 @pytest.mark.parametrize(("module", "budget"), [(sweep_half, 0.5), (sweep_quarter, 0.25)])

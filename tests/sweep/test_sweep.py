@@ -15,7 +15,7 @@ from caat_jax.config.resolve import resolve
 from caat_jax.errors import InputError
 from caat_jax.sweep import picture, report
 from caat_jax.sweep import plan as sweep_plan
-from configs import base, sweep, sweep_half, sweep_quarter, sweep_wires
+from configs import base, equivalence_widths, sweep, sweep_half, sweep_quarter, sweep_wires
 from tests import runs
 from tests.command_line import REPOSITORY, assert_refused, run_here, start_forked, write_texts
 from tests.runs import Run
@@ -224,6 +224,16 @@ def test_shipped_quarters():
         all_channels = 4 * 2 * 128
         first = 1 if run.settings["train.sync_schedule"] else 0.25
         assert widths == [first * all_channels, 0.25 * all_channels]
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_shipped_widths(width):
+    plan = sweep_plan.resolve(equivalence_widths.get_config(str(width)))
+    assert len(plan.runs) == 12
+    for run in plan.runs:
+        assert (run.config.model.embed_dim, run.config.model.mlp_dim) == (width, 3 * width)
+    peaks = {run.config.optimizer.peak_learning_rate * width for run in plan.runs}
+    assert sorted(peaks) == pytest.approx([0.096, 0.192, 0.384])
 
 
 def test_shipped_wires():
