@@ -80,6 +80,7 @@ def _parameters(place: Place, sizes: Sizes) -> Any:
     return _programs("1.0", place, sizes).initial_state().parameters
 
 
+@functools.cache
 def _hop(mesh: Any) -> Callable[[], dict[str, float]]:
     """A workload: the milliseconds of one of the 2 (M - 1) hops of an all-reduce of few numbers."""
     import jax

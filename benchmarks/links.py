@@ -57,7 +57,10 @@ ALSO = flags.DEFINE_multi_string(
     "also", [], "Further systems, p:T with reductions of type T in both directions: 0.5:int8."
 )
 PLANS = flags.DEFINE_multi_string(
-    "plan", [], "Further systems: layers x (attention's factor, the MLP's): 2x(1,1)+10x(0,0.5)."
+    "plan",
+    [],
+    "Further systems: layers x (attention's factor, the MLP's), such as 2x(1,1)+10x(0,0.5); a turn"
+    " of several layers is repeated as a whole: 6x(1,1)(0,0).",
 )
 LATENCY = flags.DEFINE_float("latency", 0.0, "Milliseconds from one host to another.", 0.0)
 FLOPS = flags.DEFINE_float("flops", 2e10, "A host's FLOP/s, for predictions.", 1.0)
@@ -200,15 +203,16 @@ def _factor_and_wire(text: str) -> tuple[float, str]:
 
 def _plan(text: str) -> str:
     """The factors of every layer, as a literal."""
+    pair = r"\(([01](?:\.\d+)?),([01](?:\.\d+)?)\)"
     pairs: list[tuple[float, ...]] = []
     for part in text.split("+"):
-        match = re.fullmatch(r"([1-9]\d*)x\(([01](?:\.\d+)?),([01](?:\.\d+)?)\)", part)
+        match = re.fullmatch(rf"([1-9]\d*)x((?:{pair})+)", part)
         if not match:
             raise InputError(
                 f"--plan={text} must be layers x (attention's factor, the MLP's), such as"
-                " 2x(1,1)+10x(0,0.5)"
+                " 2x(1,1)+10x(0,0.5) or 6x(1,1)(0,0)"
             )
-        pairs += [tuple(map(float, match.groups()[1:]))] * int(match[1])
+        pairs += [tuple(map(float, each)) for each in re.findall(pair, match[2])] * int(match[1])
     if len(pairs) != LAYERS.value:
         raise InputError(f"--plan={text} has {len(pairs)} layers, not --layers={LAYERS.value}")
     return str(tuple(pairs))

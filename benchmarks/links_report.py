@@ -128,7 +128,8 @@ def write(measured: Measurements, about: dict[str, Any], output: Path) -> None:
     rows = measured.rows()
     hops = {rate: measured.hop(rate) for rate in measured.hops}
     json_path.write_text(json.dumps(about | {"hop_ms": hops, "rows": rows}, indent=1) + "\n")
-    markdown_path.write_text("\n".join(markdown_tables(rows).values()))
+    tables = [*markdown_tables(rows).values(), predictions_table(rows)]
+    markdown_path.write_text("\n".join(tables))
     with csv_path.open("w", newline="") as file:
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(file, names)
@@ -145,10 +146,6 @@ def markdown_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
     )
     cells = {(row["part"], row["system"], row["rate"]): row for row in rows}
 
-    def table(heads: list[str], lines: list[list[str]]) -> str:
-        rules = ["---"] * 2 + ["--:"] * (len(heads) - 2)
-        return "".join(f"| {' | '.join(line)} |\n" for line in [heads, rules, *lines])
-
     def by_rate(chosen: list[str], cell: Callable[[dict[str, Any]], str]) -> str:
         lines = [
             [part, system, *(cell(cells[part, system, rate]) for rate in rates)]
@@ -156,7 +153,7 @@ def markdown_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
             for system in chosen
             if (part, system, rates[0]) in cells
         ]
-        return table(["", "", *rates], lines)
+        return _table(["", "", *rates], lines)
 
     ours = [row["system"] for row in rows if "bound_ms" in row]
     others = [system for system in systems if system not in ours]
@@ -181,7 +178,7 @@ def markdown_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
                 f"{row['ms']:,.0f} ms" if row["system"] == BASE else f"{1 / row['speed_up']:.2f}"
             ),
         ),
-        "time": table(
+        "time": _table(
             [
                 "",
                 "",
@@ -196,6 +193,23 @@ def markdown_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
             time_lines,
         ),
     }
+
+
+def predictions_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: times as fast as p = 1 (milliseconds, predicted / measured), by rate."""
+    rates = list(dict.fromkeys(row["rate"] for row in rows))
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "predicted_ms" in row:
+            agreement = row["predicted_ms"] / row["ms"]
+            cell = f"{row['speed_up']:.2f} ({row['ms']:,.1f} ms, {agreement:.2f})"
+            cells.setdefault((row["part"], row["system"]), []).append(cell)
+    return _table(["", "", *rates], [[*names, *found] for names, found in cells.items()])
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
+    rules = ["---"] * 2 + ["--:"] * (len(heads) - 2)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heads, rules, *lines])
 
 
 def _times_spent(row: dict[str, Any]) -> list[float]:

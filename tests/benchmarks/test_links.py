@@ -51,7 +51,7 @@ def processes_about(text):
 @pytest.mark.slow
 @needs_hosts
 def test_two_hosts(tmp_path):
-    process = start(tmp_path / "links", "--plan=1x(0,1)+1x(0,0.5)")
+    process = start(tmp_path / "links", "--plan=1x(0,1)(0,0.5)")
     said, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     rows = json.loads((tmp_path / "links.json").read_text())["rows"]
@@ -59,7 +59,7 @@ def test_two_hosts(tmp_path):
         assert len(list(csv.DictReader(file))) == len(rows)
     assert (tmp_path / "links.png").stat().st_size > 10_000
     parts, rates = ["train", "prefill 2x8", "decode 2x8"], ["none", "100mbit"]
-    systems = ["caat_jax, p = 1", "caat_jax, p = 0.5", "caat_jax, 1x(0,1)+1x(0,0.5)"]
+    systems = ["caat_jax, p = 1", "caat_jax, p = 0.5", "caat_jax, 1x(0,1)(0,0.5)"]
     found = [(row["part"], row["rate"], row["system"]) for row in rows]
     assert sorted(found) == sorted(itertools.product(parts, rates, systems))
     assert "train, link 100mbit" in said
@@ -111,6 +111,18 @@ def test_bounds():
     assert row["bound_speed_up"] == pytest.approx(100 / 60)
     assert row["reached"] == pytest.approx(1.2)
     assert row["communication_to_compute"] == 2
+
+
+def test_predictions_beside_measurements():
+    row = {"part": "decode 1x8", "rate": "none", "system": "caat_jax, p = 1"}
+    row |= {"ms": 1200.0, "speed_up": 2.0, "predicted_ms": 1080.0}
+    of_another_system = row | {"system": "dense"}
+    del of_another_system["predicted_ms"]
+    assert links_report.predictions_table([row, of_another_system]).splitlines() == [
+        "|  |  | none |",
+        "| --- | --- | --: |",
+        "| decode 1x8 | caat_jax, p = 1 | 2.00 (1,200.0 ms, 0.90) |",
+    ]
 
 
 def test_intervals_are_not_counted_twice():
