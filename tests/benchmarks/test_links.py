@@ -181,3 +181,9 @@ def test_tables_of_the_docs_are_those_of_the_results():
     page = (REPOSITORY / "docs/benchmarks.md").read_text()
     for name, table in links_report.markdown_tables(rows).items():
         assert table in page, name
+
+
+def test_the_table_of_latency_is_that_of_the_results():
+    rows = json.loads((REPOSITORY / "docs/links_latency.json").read_text())["rows"]
+    table = links_report.predictions_table(rows)
+    assert table in (REPOSITORY / "docs/inference.md").read_text()
