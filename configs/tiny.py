@@ -3,7 +3,7 @@
     python train.py --config=configs/tiny.py --workdir=runs/tiny
 
 S = 8 shards on 8 simulated CPU devices, p = 0.5.  Needs two cores, 2 GB of memory and no download:
-the text is the standard library of the Python that runs it.  Takes about three minutes, and ends
+the text is the standard library of the Python that runs it.  Takes three to six minutes, and ends
 with a validation loss below 2.0 nats per byte.
 """
 
