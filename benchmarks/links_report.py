@@ -236,11 +236,17 @@ def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path
             panel.plot(ticks, gains, label=system.split(", ")[1], **look)
             bounds = [chosen[rate]["bound_speed_up"] for rate in ticks]
             panel.plot(ticks, bounds, ":", color=look["color"])
-        panel.set(title=part, xlabel="link")
+        panel.set_title(re.sub(r" (\d+)x(\d+)", r", \1 x \2 tokens", part))
+        panel.set_xticks(range(len(ticks)), [_rate_name(rates[rate]) for rate in ticks])
+        panel.margins(x=0.12)
     panels[0].set_ylabel("times as fast as p = 1")
     panels[0].plot([], [], ":", color="gray", label="bound")
     panels[0].legend(fontsize=8)
     figures.save(figure, path)
+
+
+def _rate_name(megabits: float | None) -> str:
+    return "no limit" if megabits is None else f"{megabits:g} Mbit/s"
 
 
 def _part_order(part: str) -> tuple[int, ...]:
