@@ -1,6 +1,7 @@
 """Every figure on the pages that was measured is the one in the results file beside them.
 
-A sentence of `SENTENCES` is filled in from the files, and must stand on its page in these words.
+Each of the generators below fills sentences in from some files, which must stand on their pages in
+these words: (page, sentence, figures).
 docs/quality.md has a test of its own, tests/sweep/test_quality_docs.py.
 """
 
@@ -50,21 +51,20 @@ def links(name):
     return {(r["part"], r["rate"], r["system"]): r for r in read_json(name)["rows"]}
 
 
-LINKS = links("links.json")
-
-
-def ours(key, p, rate, *parts, of=LINKS):
+def ours(key, p, rate, *parts, of):
     """One column of `caat_jax, p = …` at a rate, for each part."""
     return [of[part, rate, links_report.our_name(p)][key] for part in parts]
 
 
 def link_sentences():
-    def gains(p, rate, *parts, of=LINKS):
+    first = links("links.json")
+
+    def gains(p, rate, *parts, of=first):
         return ours("speed_up", p, rate, *parts, of=of)
 
     train, one, many, one_decoded, decode = PARTS
     slow, none = links("links_400mbit.json"), links("links_none.json")
-    ratios = ours("communication_to_compute", 1.0, "25mbit", train, many, decode)
+    ratios = ours("communication_to_compute", 1.0, "25mbit", train, many, decode, of=first)
     yield "README.md", "{:.0f} times as long as computation", ratios[:1]
     yield (
         "README.md",
@@ -301,6 +301,41 @@ def parameters(vocabulary, width, mlp, *, layers, heads, kv_heads, tied=False):
     return (1 if tied else 2) * vocabulary * width + layers * layer + width
 
 
+def communication_sentences():
+    """What `python -m caat_jax.communication` printed for the paper's 7B on a pod."""
+    _, tpus = (DOCS / "measured/7b_64_v5p.txt").read_text().split("Sent by one device in one step")
+
+    def megabytes(*places):
+        rows = [
+            re.search(rf"^model +{place} +([\d,.]+) +([\d,.]+) ", tpus, re.M) for place in places
+        ]
+        columns = zip(
+            *([float(n.replace(",", "")) for n in row.groups()] for row in rows), strict=True
+        )
+        return [sum(column) / 1e3 for column in columns]
+
+    layers = megabytes("layer forward", "layer backward")
+    yield (
+        "README.md",
+        "| sent over `model` in the layers, forward and backward | {:.1f} GB | {:,.0f} GB |",
+        layers,
+    )
+    yield (
+        "README.md",
+        "| sent over `model` in all, embedding and loss included | {:.1f} GB | {:,.0f} GB |",
+        megabytes("all"),
+    )
+    found = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", tpus, re.M)
+    half, half_all, full, full_all = (float(n.replace(",", "")) / 1e3 for n in found.groups())
+    yield (
+        "README.md",
+        "64 v5p | {:.2f} s, {:.2f} s ({:.0f} %) | {:.2f} s, {:.2f} s ({:.0f} %) |",
+        [half_all, half, 100 * half / half_all, full_all, full, 100 * full / full_all],
+    )
+    memory = re.search(r"memory, GiB: together +(\S+) +(\S+)", tpus).groups()
+    yield "README.md", "| memory, 64 v5p | {:.2f} GiB | {:.2f} GiB |", map(float, memory)
+
+
 def checkpointing_sentences():
     text = (DOCS / "measured/checkpointing_tiny.txt").read_text()
     (size,) = re.findall(r"(\d+) MB a checkpoint", text)
@@ -327,21 +362,28 @@ def summaries(name, module):
     return report.summarise(plan, results_of(name, plan))
 
 
-SENTENCES = [
-    *link_sentences(),
-    *log_sentences(),
-    *conversion_sentences(),
-    *wire_sentences(),
-    *quality_sentences(),
-    *checkpointing_sentences(),
-    *size_sentences(),
-    *step_time_sentences(),
-    *prediction_sentences(),
-]
-
-
-@pytest.mark.parametrize("number", range(len(SENTENCES)))
-def test_a_sentence_is_that_of_the_results(number):
-    where, sentence, figures = SENTENCES[number]
-    filled = sentence.format(**figures) if isinstance(figures, dict) else sentence.format(*figures)
-    assert words(filled) in page(where), f"{where} lacks: {filled}"
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        link_sentences,
+        log_sentences,
+        conversion_sentences,
+        wire_sentences,
+        quality_sentences,
+        communication_sentences,
+        checkpointing_sentences,
+        size_sentences,
+        step_time_sentences,
+        prediction_sentences,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_pages_say_what_the_results_say(sentences):
+    missing = []
+    for where, sentence, figures in sentences():
+        filled = (
+            sentence.format(**figures) if isinstance(figures, dict) else sentence.format(*figures)
+        )
+        if words(filled) not in page(where):
+            missing.append(f"{where}: {filled}")
+    assert missing == []
