@@ -302,8 +302,11 @@ def parameters(vocabulary, width, mlp, *, layers, heads, kv_heads, tied=False):
 
 
 def communication_sentences():
-    """What `python -m caat_jax.communication` printed for the paper's 7B on a pod."""
-    _, tpus = (DOCS / "measured/7b_64_v5p.txt").read_text().split("Sent by one device in one step")
+    """What `python -m caat_jax.communication` printed for the paper's 7B on two pods."""
+    tpus, gpus = (
+        (DOCS / f"measured/7b_{pod}.txt").read_text().split("Sent by one device in one step")[1]
+        for pod in ("64_v5p", "8_h100")
+    )
 
     def megabytes(*places):
         rows = [
@@ -325,13 +328,14 @@ def communication_sentences():
         "| sent over `model` in all, embedding and loss included | {:.1f} GB | {:,.0f} GB |",
         megabytes("all"),
     )
-    found = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", tpus, re.M)
-    half, half_all, full, full_all = (float(n.replace(",", "")) / 1e3 for n in found.groups())
-    yield (
-        "README.md",
-        "64 v5p | {:.2f} s, {:.2f} s ({:.0f} %) | {:.2f} s, {:.2f} s ({:.0f} %) |",
-        [half_all, half, 100 * half / half_all, full_all, full, 100 * full / full_all],
-    )
+    for text, pod in ((tpus, "64 v5p"), (gpus, "an eighth of the batch)")):
+        row = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", text, re.M)
+        half, half_all, full, full_all = (float(n.replace(",", "")) / 1e3 for n in row.groups())
+        yield (
+            "README.md",
+            f"{pod} | {{:.2f}} s, {{:.2f}} s ({{:.0f}} %) | {{:.2f}} s, {{:.2f}} s ({{:.0f}} %) |",
+            [half_all, half, 100 * half / half_all, full_all, full, 100 * full / full_all],
+        )
     memory = re.search(r"memory, GiB: together +(\S+) +(\S+)", tpus).groups()
     yield "README.md", "| memory, 64 v5p | {:.2f} GiB | {:.2f} GiB |", map(float, memory)
 
