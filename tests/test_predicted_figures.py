@@ -1,0 +1,135 @@
+"""Every figure on the pages that was computed is the one in the file beside them.
+
+As tests/test_figures.py; the files are what commands printed, the programs compiled or traced by
+them.
+"""
+
+import math
+import re
+
+import pytest
+
+from tests.figures import DOCS, missing, read_csv, read_json
+
+OVERLAPPED = "all_overlaps"
+
+
+def communication_sentences():
+    """What `python -m caat_jax.communication` printed for the paper's 7B on two pods."""
+    tpus, gpus = (
+        (DOCS / f"measured/7b_{pod}.txt").read_text().split("Sent by one device in one step")[1]
+        for pod in ("64_v5p", "8_h100")
+    )
+
+    def megabytes(*places):
+        rows = [
+            re.search(rf"^model +{place} +([\d,.]+) +([\d,.]+) ", tpus, re.M) for place in places
+        ]
+        columns = zip(
+            *([float(n.replace(",", "")) for n in row.groups()] for row in rows), strict=True
+        )
+        return [sum(column) / 1e3 for column in columns]
+
+    layers = megabytes("layer forward", "layer backward")
+    yield (
+        "README.md",
+        "| sent over `model` in the layers, forward and backward | {:.1f} GB | {:,.0f} GB |",
+        layers,
+    )
+    yield (
+        "README.md",
+        "| sent over `model` in all, embedding and loss included | {:.1f} GB | {:,.0f} GB |",
+        megabytes("all"),
+    )
+    for text, pod in ((tpus, "64 v5p"), (gpus, "an eighth of the batch)")):
+        row = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", text, re.M)
+        half, half_all, full, full_all = (float(n.replace(",", "")) / 1e3 for n in row.groups())
+        yield (
+            "README.md",
+            f"{pod} | {{:.2f}} s, {{:.2f}} s ({{:.0f}} %) | {{:.2f}} s, {{:.2f}} s ({{:.0f}} %) |",
+            [half_all, half, 100 * half / half_all, full_all, full, 100 * full / full_all],
+        )
+    memory = re.search(r"memory, GiB: together +(\S+) +(\S+)", tpus).groups()
+    yield "README.md", "| memory, 64 v5p | {:.2f} GiB | {:.2f} GiB |", map(float, memory)
+
+
+def prediction_sentences():
+    for model, name in (("130m", "130M"), ("1b", "1.1B"), ("7b", "7B")):
+        rows = read_json(f"measured/step_time_{model}.json")["predictions"]
+        for chip in dict.fromkeys(row["chip"] for row in rows):
+            full, half, quarter = (row for row in rows if row["chip"] == chip)
+            cells = [span(row["step"], 1e3, digits) for row in (full, half, quarter)]
+            cells += [span(full[key], 100, whole) for key in ("exposed_fraction", "mfu")]
+            cells += [span(row["speed_up"], 1, "{:.2f}".format) for row in (half, quarter)]
+            yield "docs/step_time_model.md", f"| {name} | {chip} | {' | '.join(cells)} |", []
+    gains = {row["chip"]: row["speed_up"] for row in rows if row["p"] == "0.5"}
+    yield (
+        "docs/benchmarks.md",
+        "it predicts {:.2f} times the speed of p = 1 on v5p, {:.2f} to {:.2f} on H100 with NVLink"
+        " and {:.2f} to {:.2f} over InfiniBand alone",
+        [gains["v5p"][OVERLAPPED]]
+        + [gain for chip in ("h100-nvlink", "h100-infiniband") for gain in gains[chip].values()],
+    )
+    times = [
+        1e3 * read_json(f"measured/step_time_7b_{wire}.json")["predictions"][1]["step"][OVERLAPPED]
+        for wire in ("bfloat16", "int8")
+    ]
+    yield "docs/wires.md", "{:,.0f} ms at p = 0.5 in bfloat16 and {:,.0f} ms in int8", times
+
+
+def span(bounds, unit, form):
+    """Where all gathers and gradient sums overlap, and where none does."""
+    ends = [form(unit * bounds[name]) for name in (OVERLAPPED, "nothing_overlaps")]
+    return "\N{EN DASH}".join(dict.fromkeys(ends))
+
+
+def digits(value):
+    """Three, or all those before the point."""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def whole(value):
+    return f"{value:.0f}"
+
+
+def compiled_sentences():
+    """`python -m caat_jax.step_time --topology=h100:1x1x8`, with two parts of the batch and one."""
+    two, one = (
+        read_json(f"measured/step_time_7b_8_h100_{parts}.json")["predictions"]
+        for parts in ("two_parts", "one_part")
+    )
+    for rows, name in (
+        (two[:2], "`--chip`: nothing over `model` overlaps"),
+        (one[2:], "`--topology`, `--config.compute.batch_parts=1`"),
+        (two[2:], "`--topology`: two parts of the batch beside each other"),
+    ):
+        exposed, step = (
+            [1e3 * row[key][OVERLAPPED] for row in rows] for key in ("exposed", "step")
+        )
+        yield (
+            "docs/step_time_model.md",
+            f"| {name} | {{:,.0f}} | {{:,.0f}} | {{:,.0f}} | {{:,.0f}} | {{:.2f}} |",
+            [*exposed, *step, step[0] / step[1]],
+        )
+    above = [100 * row["exposed"][OVERLAPPED] / row["compute"] for row in (two[3], two[2])]
+    yield (
+        "docs/step_time_model.md",
+        "Its step is {:.0f} % above that of the computation alone; that of p = 1 is {:.0f} % above",
+        above,
+    )
+
+
+def wire_sentences():
+    for row in read_csv("wires.csv"):
+        name, *gains = row.values()
+        cells = " | ".join(["{:.2f}"] * len(gains))
+        yield "docs/wires.md", f"| {name} | {cells} |", map(float, gains)
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [communication_sentences, prediction_sentences, compiled_sentences, wire_sentences],
+    ids=lambda function: function.__name__,
+)
+def test_pages_say_what_the_files_say(sentences):
+    assert missing(sentences()) == []
