@@ -21,9 +21,9 @@ from caat_jax.storage.bucket import Bucket
 from configs import base
 from tests import runs
 from tests.command_line import run_forked
-from tests.storage.stores import clock, folder_store, s3_server
+from tests.storage.stores import clock, folder_store, google_store, s3_server
 
-__all__ = ["clock", "folder_store"]  # fixtures
+__all__ = ["clock", "folder_store", "google_store"]  # fixtures
 
 URL = "s3://bucket/run"
 
@@ -68,6 +68,14 @@ def test_a_checkpoint_is_what_was_saved_and_a_copy_of_it_is_one_on_a_disk(saved)
         check_restored(workdir, 5)
     check_restored(saved, 10)
     assert checkpoint.newest_config(saved)[0] == 10
+
+
+def test_a_checkpoint_in_googles_store(google_store):
+    with mirrors.pushed():
+        save(mirrors.folder("--workdir", "gs://bucket/run"), 5, 10, to_keep=1)
+        workdir = mirrors.folder("--workdir", "gs://bucket/run")
+        check_restored(workdir, 10)
+        assert in_bucket.completed(mirrors.of(workdir), "checkpoints") == {"10": True}
 
 
 def test_older_ones_go_and_the_mirror_holds_none(folder_store):
@@ -202,17 +210,20 @@ def losses(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(s3, tmp_path, processes):
+@pytest.mark.parametrize("processes, store", [(1, "s3"), (2, "s3"), (2, "google_store")])
+def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(
+    request, tmp_path, processes, store
+):
+    environment = request.getfixturevalue(store)
     fields = runs.corpus(tmp_path) | {"mesh.model": 4, "train.steps": 10}
-    url = f"s3://bucket/killed{processes}"
+    url = f"{'s3' if store == 's3' else 'gs'}://bucket/killed{processes}"
     seconds = {"caat_jax.storage.lease.SECONDS": 2.0}
     killing = seconds | {"caat_jax.storage.bucket.Bucket.write": kill_itself}
 
     def train(workdir, constants):
         started = [
             runs.Run(tmp_path / "outputs" / f"{number}", fields, f"--workdir={workdir}", *flags,
-                     devices=4 // processes, environment=s3, constants=constants)
+                     devices=4 // processes, environment=environment, constants=constants)
             for number, flags in enumerate(runs.processes_flags(processes))
         ]  # fmt: skip
         return [run.wait() for run in started], started[0].output
@@ -232,7 +243,7 @@ def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(s3, tmp_path, pr
     )
     assert bucket.read("lock")[0] is None
     if processes == 1:
-        check_other_commands(url, on_disk, tmp_path, s3)
+        check_other_commands(url, on_disk, tmp_path, environment)
 
 
 def check_other_commands(url, on_disk, folder, environment):

@@ -3,11 +3,14 @@
 import contextlib
 import http.server
 import importlib.util
+import itertools
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +102,71 @@ def s3_server(*, checks_credentials: bool = False) -> Iterator[dict[str, str]]:
             server.terminate()
 
 
+class _Google(http.server.BaseHTTPRequestHandler):
+    """Google's JSON protocol as its documentation has it: generations, conditions, pages of two."""
+
+    objects: dict[str, tuple[bytes, int]]  # of each name: content and generation
+    using = threading.Lock()
+    written = itertools.count(1)
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/storage/v1/b/bucket/o"):
+            return self._say(404)
+        name, asked = self._asked()
+        with self.using:
+            if name in self.objects:
+                content, generation = self.objects[name]
+                return self._say(200, content, generation)
+            if name:
+                return self._say(404)
+            start, end = asked.get("startOffset", ""), asked.get("endOffset", "\U0010ffff")
+            names = sorted(n for n in self.objects if max(start, asked.get("pageToken", "")) <= n)
+        names = [name for name in names if name < end]
+        page = {"items": [{"name": name} for name in names[:2]]}
+        page |= {"nextPageToken": names[2]} if names[2:] else {}
+        self._say(200, json.dumps(page).encode())
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        _, asked = self._asked()
+        with self.using:
+            if self._is_as_asked(asked["name"], asked):
+                self.objects[asked["name"]] = content, next(self.written)
+                generation = {"generation": str(self.objects[asked["name"]][1])}
+                self._say(200, json.dumps({"name": asked["name"], **generation}).encode())
+
+    def do_DELETE(self) -> None:
+        name, asked = self._asked()
+        with self.using:
+            if self._is_as_asked(name, asked):
+                self._say(204 if self.objects.pop(name, None) else 404)
+
+    def _asked(self) -> tuple[str, dict[str, str]]:
+        """The object's name, if there is one, and the parameters."""
+        parts = urllib.parse.urlsplit(self.path)
+        name = parts.path.partition("/o/")[2]
+        return urllib.parse.unquote(name), dict(
+            urllib.parse.parse_qsl(parts.query, errors="strict")
+        )
+
+    def _is_as_asked(self, name: str, asked: dict[str, str]) -> bool:
+        generation = self.objects.get(name, (b"", 0))[1]
+        is_as_asked = int(asked.get("ifGenerationMatch", generation)) == generation
+        if not is_as_asked:
+            self._say(412)
+        return is_as_asked
+
+    def _say(self, status: int, body: bytes = b"", generation: int = 0) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("x-goog-generation", str(generation))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 class _Refusal(http.server.BaseHTTPRequestHandler):
     """What both stores say to somebody without credentials."""
 
@@ -117,7 +185,13 @@ class _Refusal(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def refusing_server() -> Iterator[dict[str, str]]:
     """Stores of both kinds that refuse everything; the environment variables that lead there."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusal) as server:
+    with _served(_Refusal) as environment:
+        yield environment
+
+
+@contextlib.contextmanager
+def _served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[dict[str, str]]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"
         yield {
@@ -127,3 +201,14 @@ def refusing_server() -> Iterator[dict[str, str]]:
             "GCE_METADATA_ROOT": address,
         }
         server.shutdown()
+
+
+@pytest.fixture
+def google_store(tmp_path, monkeypatch) -> Iterator[dict[str, str]]:
+    """A server with gs://bucket, empty; the environment variables, set here, that lead to it."""
+    monkeypatch.setattr(mirrors, "_mirrors", {})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with _served(type("Google", (_Google,), {"objects": {}})) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield environment

@@ -11,9 +11,9 @@ from caat_jax.storage import mirrors
 from caat_jax.storage.bucket import Bucket
 from caat_jax.storage.lease import Lease
 from tests.command_line import assert_refused, run_as_users_do, run_here
-from tests.storage.stores import clock, folder_store, refusing_server, s3_server
+from tests.storage.stores import clock, folder_store, google_store, refusing_server, s3_server
 
-__all__ = ["clock", "folder_store"]  # fixtures
+__all__ = ["clock", "folder_store", "google_store"]  # fixtures
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_what_is_no_url_of_a_bucket_is_refused(url):
 
 
 def test_names_are_those_below_the_url_alone(bucket):
-    Bucket("", "s3://bucket/run2").write("other", b"x")
+    Bucket("", f"{bucket.url}2").write("other", b"x")
     for name in ("b", "a/1", "a/2", "ab"):
         bucket.write(name, name.encode())
     assert bucket.names() == ["a/1", "a/2", "ab", "b"]
@@ -76,7 +76,7 @@ def test_of_many_that_replace_it_at_once_one_does(bucket):
 def test_one_run_at_a_time(bucket, clock):
     with Lease(bucket) as first:
         clock.meanwhile = first.renew
-        with pytest.raises(InputError, match=r"s3://bucket/run: process \d+ on .* is training"):
+        with pytest.raises(InputError, match=r"//bucket/run: process \d+ on .* is training"):
             with Lease(bucket):
                 raise AssertionError("two runs at a time")
         first.check()
@@ -156,6 +156,19 @@ def test_mirrors_of_killed_programs_are_removed(folder_store, tmp_path):
     assert not killed.exists() and running.exists() and other.exists()
 
 
+def test_the_protocol_of_google(google_store, clock):
+    check_protocol("gs://bucket/run", clock)
+
+
+def check_protocol(url, clock):
+    bucket = Bucket("--workdir", url)
+    test_names_are_those_below_the_url_alone(bucket)
+    test_only_one_of_those_who_saw_the_same_object_replaces_it(bucket)
+    bucket.delete("")
+    test_one_run_at_a_time(bucket, clock)
+    test_a_run_that_gives_no_sign_of_life_is_followed(bucket, clock)
+
+
 @pytest.fixture(scope="module")
 def s3():
     with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
@@ -166,12 +179,7 @@ def s3():
 
 @pytest.mark.slow
 def test_the_protocol_s3(s3, clock):
-    bucket = Bucket("--workdir", "s3://bucket/run")
-    test_names_are_those_below_the_url_alone(bucket)
-    test_only_one_of_those_who_saw_the_same_object_replaces_it(bucket)
-    bucket.delete("")
-    test_one_run_at_a_time(bucket, clock)
-    test_a_run_that_gives_no_sign_of_life_is_followed(bucket, clock)
+    check_protocol("s3://bucket/run", clock)
 
 
 @pytest.mark.slow
