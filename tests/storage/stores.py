@@ -115,8 +115,7 @@ class _Google(http.server.BaseHTTPRequestHandler):
         name, asked = self._asked()
         with self.using:
             if name in self.objects:
-                content, generation = self.objects[name]
-                return self._say(200, content, generation)
+                return self._say_content(*self.objects[name])
             if name:
                 return self._say(404)
             start, end = asked.get("startOffset", ""), asked.get("endOffset", "\U0010ffff")
@@ -141,6 +140,14 @@ class _Google(http.server.BaseHTTPRequestHandler):
             if self._is_as_asked(name, asked):
                 self._say(204 if self.objects.pop(name, None) else 404)
 
+    def _say_content(self, content: bytes, generation: int) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not asked:
+            return self._say(200, content, generation)
+        begin, end = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
+        place = f"bytes {begin}-{end - 1}/{len(content)}"
+        self._say(206, content[begin:end], generation, place)
+
     def _asked(self) -> tuple[str, dict[str, str]]:
         """The object's name, if there is one, and the parameters."""
         parts = urllib.parse.urlsplit(self.path)
@@ -156,10 +163,14 @@ class _Google(http.server.BaseHTTPRequestHandler):
             self._say(412)
         return is_as_asked
 
-    def _say(self, status: int, body: bytes = b"", generation: int = 0) -> None:
+    def _say(
+        self, status: int, body: bytes = b"", generation: int = 0, place: str | None = None
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("x-goog-generation", str(generation))
+        if place:
+            self.send_header("Content-Range", place)
         self.end_headers()
         self.wfile.write(body)
 

@@ -160,6 +160,18 @@ def test_the_protocol_of_google(google_store, clock):
     check_protocol("gs://bucket/run", clock)
 
 
+def test_databases_are_merged(google_store):
+    bucket = Bucket("--workdir", "gs://bucket/run")
+    for part in ("one", "two"):
+        database = bucket._database(f"state/{part}")
+        for number in range(9):
+            database.write(f"{part}/{number}", bytes([number]) * 3000).result()
+    bucket.merge_databases("state", ["one", "two"])
+    merged = Bucket("--workdir", "gs://bucket/run")._database("state")
+    found = {name.decode(): merged.read(name).result().value for name in merged.list().result()}
+    assert found == {f"{p}/{n}": bytes([n]) * 3000 for p in ("one", "two") for n in range(9)}
+
+
 def check_protocol(url, clock):
     bucket = Bucket("--workdir", url)
     test_names_are_those_below_the_url_alone(bucket)
