@@ -194,32 +194,36 @@ class _Refusal(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def refusing_server() -> Iterator[dict[str, str]]:
-    """Stores of both kinds that refuse everything; the environment variables that lead there."""
-    with _served(_Refusal) as environment:
-        yield environment
-
-
-@contextlib.contextmanager
-def _served(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[dict[str, str]]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def _served(handler: type[http.server.BaseHTTPRequestHandler], folder: Path) -> Iterator[None]:
+    """Serves both protocols to this process, which finds nobody's credentials."""
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         address = f"127.0.0.1:{server.server_port}"
-        yield {
-            "AWS_ENDPOINT_URL": f"http://{address}",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "TENSORSTORE_GCS_HTTP_URL": f"http://{address}",
-            "GCE_METADATA_ROOT": address,
-        }
+        for name in ("AWS_ENDPOINT_URL", "TENSORSTORE_GCS_HTTP_URL"):
+            patch.setenv(name, f"http://{address}")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("GCE_METADATA_ROOT", address)
+        patch.setenv("CLOUDSDK_CONFIG", str(folder))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "GOOGLE_APPLICATION_CREDENTIALS"):
+            patch.delenv(name, raising=False)
+        patch.setattr(mirrors, "_mirrors", {})
+        patch.setattr("tempfile.tempdir", str(folder))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
         server.shutdown()
 
 
 @pytest.fixture
-def google_store(tmp_path, monkeypatch) -> Iterator[dict[str, str]]:
-    """A server with gs://bucket, empty; the environment variables, set here, that lead to it."""
-    monkeypatch.setattr(mirrors, "_mirrors", {})
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with _served(type("Google", (_Google,), {"objects": {}})) as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield environment
+def refusing_stores(tmp_path) -> Iterator[None]:
+    """Servers of both kinds refuse everything, in this process."""
+    with _served(_Refusal, tmp_path):
+        yield
+
+
+@pytest.fixture
+def google_store(tmp_path) -> Iterator[None]:
+    """A server with gs://bucket, empty, for this process."""
+    with _served(type("Google", (_Google,), {"objects": {}}), tmp_path):
+        yield

@@ -11,9 +11,9 @@ from caat_jax.storage import mirrors
 from caat_jax.storage.bucket import Bucket
 from caat_jax.storage.lease import Lease
 from tests.command_line import assert_refused, run_as_users_do, run_here
-from tests.storage.stores import clock, folder_store, google_store, refusing_server, s3_server
+from tests.storage.stores import clock, folder_store, google_store, refusing_stores, s3_server
 
-__all__ = ["clock", "folder_store", "google_store"]  # fixtures
+__all__ = ["clock", "folder_store", "google_store", "refusing_stores"]  # fixtures
 
 
 @pytest.fixture
@@ -211,12 +211,9 @@ def test_credentials_that_do_not_fit_are_said(monkeypatch):
 
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
 def test_without_credentials_one_line_says_where_they_are_looked_for(
-    tmp_path, monkeypatch, capfd, url
+    refusing_stores, tmp_path, capfd, url
 ):
-    with refusing_server() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        result = run_here(["eval.py", f"--workdir={url}"], tmp_path)
+    result = run_here(["eval.py", f"--workdir={url}"], tmp_path)
     assert_refused(result, f"--workdir={url} cannot be listed", "docs/scale_out.md says where")
     assert capfd.readouterr().err == ""  # what TensorStore itself prints
 
