@@ -41,6 +41,7 @@ _LOCAL_CUSTOM_CALLS = (
     "AllocateBuffer",
     "PrepareAsyncCall",
     "AssumeGatherIndicesInBound",
+    "GatherScatterIndicesBitpacked",
     "ConcatBitcast",
     "Sharding",
     "SliceId",

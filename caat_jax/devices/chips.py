@@ -72,6 +72,7 @@ class Chip:
     network: Link
     sources: Mapping[str, str]  # of each of FIGURES
     device_kinds: tuple[str, ...] = ()  # names that `jax.Device.device_kind` gives it
+    sparse_cores: bool = False  # beside its TensorCores: https://openxla.org/xla/sparsecore
 
     def link_over(self, span: int) -> Link:
         """What joins a group whose first and last device are `span` - 1 apart in the mesh."""

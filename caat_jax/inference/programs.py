@@ -84,26 +84,28 @@ class InferencePrograms:
         self._layout = layout = WeightLayout(config, mesh)
         self._dtype = layout.dtype
         platform = sharding.platform(mesh)
-        self._batch_parts = batch_parts.choose(config.model, config.compute, platform)
         self._wire = wire_of(config.compute, for_tpu=platform == "tpu")
+        offload = xla_options.can_offload_reductions(mesh, self._wire.forward)
+        self._batch_parts = batch_parts.choose(
+            config.model, config.compute, platform, offloaded=offload
+        )
         axes = ("layers",) if layout.is_stacked else ()
         rows = sharding.partition_spec((*axes, "cache_rows", "unsplit", "unsplit"))
         self._cache_specs = (LayerCache(rows, rows),) * len(layout.spans)
         self._cache_formats = jax.tree.map(self._cache_format, self._cache_specs)
-        options = xla_options.options(platform)
         self.prepare = jax.jit(layout.prepare)
         self.prefill = jax.jit(
             self._prefill,
             static_argnames=("cache_length", "kind"),
             out_shardings=(self._cache_formats, None),
-            compiler_options=options,
+            compiler_options=xla_options.options(platform, offload_reductions=offload),
         )
         self.decode = jax.jit(
             self._decode,
             static_argnames=("steps", "kind"),
             donate_argnames="cache",
             out_shardings=(self._cache_formats, None, None),
-            compiler_options=options,
+            compiler_options=xla_options.options(platform),
         )
 
     def trace_prefill(self, batch: int, length: int) -> jax.stages.Traced:

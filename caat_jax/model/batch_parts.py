@@ -15,18 +15,18 @@ from caat_jax.config.sections import Compute
 from caat_jax.model.partial_sync import Stream
 
 
-def choose(arch: Architecture, compute: Compute, platform: str) -> int:
+def choose(arch: Architecture, compute: Compute, platform: str, *, offloaded: bool = False) -> int:
     """The number of parts for `compute.batch_parts` on devices of this platform.
 
     0 chooses by the compiled schedules in docs/communication.md: two parts hide more on GPUs
-    always, on TPUs only where no channel is private.
+    always, on TPUs where reductions are offloaded (`xla_options`) or no channel is private.
     """
     if compute.batch_parts:
         return compute.batch_parts
-    if platform == "tpu":
-        whole = all(width == arch.embed_dim for pair in arch.sync_widths for width in pair)
-        return 2 if whole else 1
-    return 2 if platform == "gpu" else 1
+    if offloaded or platform == "gpu":
+        return 2
+    whole = all(width == arch.embed_dim for pair in arch.sync_widths for width in pair)
+    return 2 if platform == "tpu" and whole else 1
 
 
 def split(stream: Stream, parts: int) -> tuple[Stream, ...]:

@@ -298,6 +298,22 @@ def test_one_part_of_a_batch_hides_the_transfers_of_another(p, most):
     assert exposed(2) < most * exposed(1)
 
 
+@pytest.mark.slow  # it compiles for TPUs, 15 s each
+@pytest.mark.parametrize(
+    "name, offloads", [("v5p:2x2x2", True), ("v6e:2x4", True), ("v5e:2x4", False)]
+)
+def test_sparse_cores_run_the_reductions_of_prefill(name, offloads, monkeypatch):
+    texts, read = [], compiled_programs.read
+    monkeypatch.setattr(compiled_programs, "read", lambda text: texts.append(text) or read(text))
+    config = half_of_130m().with_sync_factor(0.5)
+    mesh = sharding.create_mesh(resolve_mesh(config, 8), topology.devices(name))
+    found = audit_program(lambda mesh: InferencePrograms(config, mesh).trace_prefill(16, 256), mesh)
+    assert found.unrecognised == ()
+    assert ('execution_thread="sparsecore"' in texts[0]) == offloads
+    if offloads:
+        assert all(c.overlapped_flops > 0 for c in found.over("model", collectives.LAYER_LOOP))
+
+
 @models.needs_gpu_compiler
 @pytest.mark.parametrize(
     "name, kind",

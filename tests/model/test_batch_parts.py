@@ -13,21 +13,24 @@ from tests import models
 
 
 @pytest.mark.parametrize(
-    "given, platform, p, expected",
+    "given, platform, offloaded, p, expected",
     [
-        (0, "cpu", 1.0, 1),
-        (0, "gpu", 1.0, 2),
-        (0, "gpu", 0.5, 2),
-        (0, "tpu", 1.0, 2),
-        (0, "tpu", 0.5, 1),
-        (3, "cpu", 0.5, 3),
-        (1, "gpu", 0.5, 1),
+        (0, "cpu", False, 1.0, 1),
+        (0, "gpu", False, 1.0, 2),
+        (0, "gpu", False, 0.5, 2),
+        (0, "tpu", False, 1.0, 2),
+        (0, "tpu", False, 0.5, 1),
+        (0, "tpu", True, 0.5, 2),
+        (1, "tpu", True, 0.5, 1),
+        (3, "cpu", False, 0.5, 3),
+        (1, "gpu", False, 0.5, 1),
     ],
 )
-def test_choice(given, platform, p, expected):
+def test_choice(given, platform, offloaded, p, expected):
     config = models.small_config(model=dict(tp_shards=8, sync_factor=p))
     compute = dataclasses.replace(config.compute, batch_parts=given)
-    assert batch_parts.choose(config.model, compute, platform) == expected
+    chosen = batch_parts.choose(config.model, compute, platform, offloaded=offloaded)
+    assert chosen == expected
 
 
 @pytest.mark.parametrize(
