@@ -48,7 +48,7 @@ def high_rate():
 @pytest.mark.parametrize(
     ("name", "config", "runs"),
     [
-        ("equivalence", equivalence.get_config, 16),
+        ("equivalence", equivalence.get_config, 28),
         ("equivalence_high_rate", high_rate, 40),
         ("equivalence_widths_128", equivalence_widths.get_config, 12),
         ("sweep", sweep.get_config, 30),
