@@ -16,9 +16,9 @@ OVERLAPPED = "all_overlaps"
 
 def communication_sentences():
     """What `python -m caat_jax.communication` printed for the paper's 7B on two pods."""
-    tpus, gpus = (
+    tpus, gpus, prefill = (
         (DOCS / f"measured/7b_{pod}.txt").read_text().split("Sent by one device in one step")[1]
-        for pod in ("64_v5p", "8_h100")
+        for pod in ("64_v5p", "8_h100", "prefill_64_v5p")
     )
 
     def megabytes(*places):
@@ -41,12 +41,18 @@ def communication_sentences():
         "| sent over `model` in all, embedding and loss included | {:.1f} GB | {:,.0f} GB |",
         megabytes("all"),
     )
-    for text, pod in ((tpus, "64 v5p"), (gpus, "an eighth of the batch)")):
-        row = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", text, re.M)
-        half, half_all, full, full_all = (float(n.replace(",", "")) / 1e3 for n in row.groups())
+    seconds = "{:.2f} s, {:.2f} s ({:.0f} %) | {:.2f} s, {:.2f} s ({:.0f} %) |"
+    milliseconds = "{:.1f} ms, {:.1f} ms ({:.0f} %) | {:.0f} ms, {:.0f} ms ({:.0f} %) |"
+    for text, row, unit, figures in (
+        (tpus, "exposed: 64 v5p", 1e3, seconds),
+        (gpus, "an eighth of the batch)", 1e3, seconds),
+        (prefill, "7b_prefill_64_v5p.txt))", 1, milliseconds),
+    ):
+        found = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", text, re.M)
+        half, half_all, full, full_all = (float(n.replace(",", "")) / unit for n in found.groups())
         yield (
             "README.md",
-            f"{pod} | {{:.2f}} s, {{:.2f}} s ({{:.0f}} %) | {{:.2f}} s, {{:.2f}} s ({{:.0f}} %) |",
+            f"{row} | {figures}",
             [half_all, half, 100 * half / half_all, full_all, full, 100 * full / full_all],
         )
     memory = re.search(r"memory, GiB: together +(\S+) +(\S+)", tpus).groups()
