@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from benchmarks import cloze_tasks
 from caat_jax.sweep import plan as sweep_plan
 from caat_jax.sweep import registration, report
 from configs import (
@@ -69,6 +70,24 @@ def test_difference_of_the_continued_training():
     summaries = report.summarise(plan, results_of("half", plan))
     (found,) = (s for s in summaries if s.setting == ((), ((600, 1.0),)))
     assert f"{found.difference:+.4f} ({found.lower:+.4f} to {found.upper:+.4f})" in PAGE
+
+
+def test_cloze_table_is_that_of_the_results():
+    plan = sweep_plan.resolve(equivalence.get_config())
+    settings = {tuple(map(str, run.setting)): run.setting for run in plan.runs}
+    with (REPOSITORY / "docs/quality/cloze.csv").open() as file:
+        rows = [
+            cloze_tasks.Row(
+                settings[tuple(row[field] for field in plan.fields)],
+                int(row["seed"]),
+                row["task"],
+                int(row["questions"]),
+                float(row["accuracy"]),
+                float(row["standard_error"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+    assert cloze_tasks.table(plan, rows) in PAGE
 
 
 @pytest.mark.parametrize(
