@@ -1,6 +1,7 @@
 """The rig of `benchmarks/links.py`: hosts that are network namespaces of this machine."""
 
 import collections
+import contextlib
 import csv
 import itertools
 import json
@@ -16,6 +17,7 @@ import pytest
 from benchmarks import link_profile, links_report, network
 from tests.command_line import REPOSITORY, assert_refused, run_here
 
+MARK = "CAAT_JAX_TEST_OF_LINKS"
 LAYERS, WIDTH, BATCH, LENGTH, HOSTS = 2, 64, 2, 32, 2
 SMALL = [
     *("--hosts=2", "--p=0.5", "--rate=100mbit", "--rounds=1", "--no_baselines", "--latency=0.5"),
@@ -31,20 +33,23 @@ needs_hosts = pytest.mark.skipif(
 def start(output, *arguments):
     command = [sys.executable, "-m", "benchmarks.links", *SMALL, f"--output={output}", *arguments]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, MARK: str(output)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def processes_about(text):
-    """Those on this machine with this text in their command."""
+def processes_of(output):
+    """Those on this machine that come from `start(output)`, by what they inherit from it."""
+    mark = f"{MARK}={output}\0".encode()
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode(errors="replace")
-        except OSError:  # it has ended
-            continue
-        if text in command and int(path.parent.name) != os.getpid():
-            found.append(command.replace("\0", " "))
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended
+            if mark in path.read_bytes():
+                found.append(path.parent.name)
     return found
 
 
@@ -135,14 +140,13 @@ def test_intervals_are_not_counted_twice():
 def test_nothing_is_left_of_an_interrupted_run(tmp_path, number):
     """Namespaces go with the processes: the kernel takes them away."""
     process = start(tmp_path / "links")
-    mark = f"--output={tmp_path}/links"
     while "starting" not in process.stderr.readline():
         assert process.poll() is None
-    assert processes_about(mark)
+    assert processes_of(tmp_path / "links")
     process.send_signal(number)
     process.wait(timeout=30)
     end = time.monotonic() + 30
-    while processes_about(mark) or processes_about("benchmarks.link_workers"):
+    while processes_of(tmp_path / "links"):
         assert time.monotonic() < end
         time.sleep(0.1)
 
