@@ -100,21 +100,15 @@ def _saved_bytes(config: Config, model_size: int, attention: str) -> int:
     if attention == "plain":  # half of the scores are computed
         scores = model.heads * config.data.sequence_length // 2
         within += _FLOAT32_BYTES * scores // model_size
-    local_shards, shared, total, layer = model.tp_shards // model_size, model.embed_dim, 0, 0
-    for factors in model.sync_factors:
-        layer = 0 if config.compute.remat else within
-        for factor in factors:
-            width = int(model.embed_dim * factor)
+    local_shards, shared, channels = model.tp_shards // model_size, model.embed_dim, 0
+    for widths in model.sync_widths:
+        streams = []  # as each sublayer leaves them
+        for width in widths:
             shared = min(shared, width)
-            stream = shared + local_shards * (model.embed_dim - shared)
-            if config.compute.remat:
-                layer += itemsize * width  # the reduced channels, not to be sent again
-            else:
-                layer += itemsize * stream
-        if config.compute.remat:
-            layer += itemsize * stream
-        total += layer
-    return total + within * config.compute.remat
+            streams.append(shared + local_shards * (model.embed_dim - shared))
+        # With remat the layer's own and the reduced channels, which are not sent again.
+        channels += streams[-1] + sum(widths) if config.compute.remat else sum(streams)
+    return itemsize * channels + within * (1 if config.compute.remat else model.layers)
 
 
 def _available_bytes(mesh: Mesh) -> float:
