@@ -150,10 +150,16 @@ def _checked_looks(looks: int, margin: float, pairs: int) -> tuple[int, ...]:
     return protocol.look_sizes(pairs, looks)
 
 
+def evaluated_steps(config: Config) -> list[int]:
+    """After which steps of a run its validation loss is measured."""
+    train = config.train
+    return [*range(train.eval_every, train.steps, train.eval_every), train.steps]
+
+
 def _checked_late_evaluations(late: int, runs: Iterable[Run]) -> int:
     at_least("config.late_evaluations", late, 1)
     for run in runs:
-        evaluations = -(-run.config.train.steps // run.config.train.eval_every)
+        evaluations = len(evaluated_steps(run.config))
         if late > evaluations:
             raise InputError(
                 f"config.late_evaluations={late} is more than the {evaluations} of the run"

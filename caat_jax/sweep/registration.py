@@ -33,14 +33,14 @@ def register(plan: Plan, workdir: Path) -> None:
         files.write(path, json.dumps({_DATE: now, **content(plan)}, indent=2) + "\n")
         return
     expected = json.loads(json.dumps(content(plan)))
-    run = expected.pop(_RUN)
+    del expected[_RUN]
     differing = [
         f"{name}: registered {there.get(name)}, requested {value}"
         for name, value in expected.items()
         if there.get(name) != value
     ]
     # As configurations: the plan of an older version lacks fields that were added since.
-    differing += difference(from_json(there.get(_RUN, {})), from_json(run))
+    differing += difference(from_json(there.get(_RUN, {})), plan.runs[0].config)
     if differing:
         raise InputError(
             f"{path} is the plan of another study, registered on {there.get(_DATE)}"

@@ -25,7 +25,7 @@ from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.sweep import picture, protocol
-from caat_jax.sweep.plan import Plan, Run
+from caat_jax.sweep.plan import Plan, Run, evaluated_steps
 from caat_jax.sweep.protocol import Verdict
 from caat_jax.training.metrics import json_number
 from caat_jax.training.step import Programs
@@ -218,12 +218,6 @@ def summarise(plan: Plan, results: Sequence[Result]) -> list[Summary]:
             )
         )
     return summaries
-
-
-def evaluated_steps(config: Config) -> list[int]:
-    """After which steps of a run its validation loss is measured."""
-    train = config.train
-    return [*range(train.eval_every, train.steps, train.eval_every), train.steps]
 
 
 def _by_setting(results: Sequence[Result]) -> dict[tuple[Any, ...], dict[int, Result]]:
