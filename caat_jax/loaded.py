@@ -66,7 +66,7 @@ def load(
         shards = tp_shards or 1
         check_mesh(sizes, shards)
         model = importing.read_llama(
-            folder, tp_shards=shards, sync_factor=1.0, sizes=sizes, devices=devices, pad=pad
+            folder, tp_shards=shards, sizes=sizes, devices=devices, pad=pad
         )
         config = _with_sync_factor(model.config, sync_factor)
         return LoadedModel(dataclasses.replace(model, config=config))

@@ -91,20 +91,13 @@ def import_llama(
 
 
 def read_llama(
-    source: Path,
-    *,
-    tp_shards: int,
-    sync_factor: float,
-    sizes: MeshConfig,
-    devices: Sequence,
-    pad: bool = False,
+    source: Path, *, tp_shards: int, sizes: MeshConfig, devices: Sequence, pad: bool
 ) -> TrainedModel:
-    """A Llama's model on the devices of a mesh, without a workdir.
+    """A Llama's model at p = 1 on the devices of a mesh, without a workdir.
 
     Args:
       source: a folder with config.json and safetensors files.
       tp_shards: S.
-      sync_factor: p of every sublayer; below 1 the function differs from the source's.
       sizes: of the mesh axes.
       devices: those of the mesh.
       pad: as for `import_llama`.
@@ -112,7 +105,7 @@ def read_llama(
     Raises:
       InputError: something given cannot work.
     """
-    opened = _open(source, source.absolute(), tp_shards, sync_factor, pad)
+    opened = _open(source, source.absolute(), tp_shards, 1.0, pad)
     config = dataclasses.replace(opened.config, mesh=sizes)
     config = dataclasses.replace(config, mesh=resolve_mesh(config, len(devices)))
     mesh = sharding.create_mesh(config.mesh, list(devices))
