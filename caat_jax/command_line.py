@@ -18,7 +18,7 @@ from caat_jax import command_help
 from caat_jax.config.resolve import check_field_names, leaves, resolve
 from caat_jax.config.sections import MeshConfig
 from caat_jax.devices import processes
-from caat_jax.errors import InputError, Interrupted, Stop
+from caat_jax.errors import InputError, Interrupted, Stop, about_file
 from caat_jax.storage import mirrors
 from configs import base
 
@@ -209,8 +209,7 @@ def _or_exit(function: Callable[[], object]) -> object:
     except Stop as stop:
         _end(stop)
     except OSError as error:  # a disk that is full, a folder that is not to be read
-        reason = error.strerror or error
-        _end(InputError(f"{_flag_of(error.filename)}{error.filename or 'a file'}: {reason}"))
+        _end(InputError(_flag_of(error.filename) + about_file(error)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

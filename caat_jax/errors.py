@@ -32,3 +32,8 @@ class Interrupted(Stop):
     """
 
     exit_code = 75
+
+
+def about_file(error: OSError) -> str:
+    """The file and what is wrong with it, such as "runs/a: No space left on device"."""
+    return f"{error.filename or 'a file'}: {error.strerror or error}"

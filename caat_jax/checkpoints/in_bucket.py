@@ -6,14 +6,13 @@ go.  Each process of a run has a mirror, and uploads what it has written.
 
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from caat_jax import files
 from caat_jax.checkpoints import digests
 from caat_jax.devices import processes
-from caat_jax.storage.mirrors import Mirror
+from caat_jax.storage.mirrors import Mirror, size_and_crc32
 
 # Orbax writes the arrays of each process to a database of its own, state/ocdbt.process_I, then
 # merges them into these; from here that can be done only when all are in the bucket.
@@ -102,5 +101,5 @@ def _merge(mirror: Mirror, name: str, entries: dict[str, list[int]]) -> dict[str
     for start in _MERGED:
         for found in mirror.bucket.names(f"{name}/{start}"):
             content, _ = mirror.bucket.read(found)
-            added[found.removeprefix(f"{name}/")] = [len(content), zlib.crc32(content)]
+            added[found.removeprefix(f"{name}/")] = size_and_crc32(content)
     return added

@@ -28,7 +28,7 @@ from absl import flags
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-from caat_jax.errors import InputError, Interrupted, Stop
+from caat_jax.errors import InputError, Interrupted, Stop, about_file
 
 TIMEOUT_SECONDS = 60
 
@@ -282,7 +282,7 @@ def _sent(key: str, function: Callable[[], Any]) -> Any:
         _send(key, stop)
         raise
     except OSError as error:
-        stop = InputError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        stop = InputError(about_file(error))
         _send(key, stop)
         raise stop from error
     _send(key, value)

@@ -80,7 +80,7 @@ class Mirror:
             state, content = _state(path), path.read_bytes()
             self.bucket.write(f"{to}{name}", content)
             self._states[f"{to}{name}"] = state
-            return [len(content), zlib.crc32(content)]
+            return size_and_crc32(content)
 
         names = list(names)
         return dict(zip(names, _in_threads(upload_one, names), strict=True))
@@ -145,6 +145,11 @@ def folder(name: str, path: str) -> Path:
 def of(folder: Path) -> Mirror | None:
     """The mirror that this folder is, if it is one."""
     return _mirrors.get(folder)
+
+
+def size_and_crc32(content: bytes) -> list[int]:
+    """What identifies an object's content, as in a checkpoint's `digests.json`."""
+    return [len(content), zlib.crc32(content)]
 
 
 def with_urls(text: str) -> str:
