@@ -49,7 +49,7 @@ DOCUMENTATION = {
     "python": f"{sysconfig.get_paths()['purelib']}/*.dist-info/METADATA",
 }
 _BYTES = range(3_000, 20_001)  # of a document: enough for a sequence, no kind by one file alone
-_OF_A_KIND = 48
+_OF_A_KIND = 64
 
 # (the steps taken, the basis): of each, the loss.
 WAYS = {

@@ -1,8 +1,8 @@
 """Every figure on the pages that was measured is the one in the results file beside them.
 
 Each of the generators below fills sentences in from some files, which must stand on their pages in
-these words: (page, sentence, figures).  docs/quality.md has a test of its own,
-tests/sweep/test_quality_docs.py; what was computed instead of measured is in
+these words: (page, sentence, figures).  docs/quality.md and quality_studies.md have
+tests of their own, tests/sweep/test_quality_docs.py; what was computed instead of measured is in
 tests/test_predicted_figures.py.
 """
 

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md are those of the results files beside it."""
+"""The tables of docs/quality.md and quality_studies.md are those of the results files."""
 
 import csv
 import shutil
@@ -18,7 +18,9 @@ from configs import (
 )
 from tests.command_line import REPOSITORY
 
-PAGE = (REPOSITORY / "docs/quality.md").read_text()
+PAGES = "".join(
+    (REPOSITORY / "docs" / name).read_text() for name in ("quality.md", "quality_studies.md")
+)
 
 
 def results_of(name, plan):
@@ -61,15 +63,15 @@ def test_tables_are_those_of_the_results(name, config, runs):
     plan = sweep_plan.resolve(config())
     results = results_of(name, plan)
     assert len(results) == runs
-    assert report.table(plan, report.summarise(plan, results)) in PAGE
+    assert report.table(plan, report.summarise(plan, results)) in PAGES
 
 
 def test_difference_of_the_continued_training():
-    """The one that the page quotes of a table that it leaves out."""
+    """The one that a page quotes of a table that it leaves out."""
     plan = sweep_plan.resolve(sweep_half.get_config())
     summaries = report.summarise(plan, results_of("half", plan))
     (found,) = (s for s in summaries if s.setting == ((), ((600, 1.0),)))
-    assert f"{found.difference:+.4f} ({found.lower:+.4f} to {found.upper:+.4f})" in PAGE
+    assert f"{found.difference:+.4f} ({found.lower:+.4f} to {found.upper:+.4f})" in PAGES
 
 
 def test_cloze_table_is_that_of_the_results():
@@ -87,7 +89,7 @@ def test_cloze_table_is_that_of_the_results():
             )
             for row in csv.DictReader(file)
         ]
-    assert cloze_tasks.table(plan, rows) in PAGE
+    assert cloze_tasks.table(plan, rows) in PAGES
 
 
 @pytest.mark.parametrize(
@@ -110,5 +112,5 @@ def test_budget_is_the_one_that_the_sensitivity_found(module, budget):
         for sublayer, factor in zip(("attention", "mlp"), pair, strict=True)
     )
     uniform = sum(value for (_, _, factor), value in rise.items() if factor == budget)
-    assert f"{predicted:+.4f}" in PAGE and f"{uniform:+.4f}" in PAGE
+    assert f"{predicted:+.4f}" in PAGES and f"{uniform:+.4f}" in PAGES
     assert sum(map(sum, module.BY_SENSITIVITY)) == budget * len(rows) / 4
