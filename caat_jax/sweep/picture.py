@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from caat_jax.sweep.report import Summary
 
 _STYLES = ("-", "--", ":", "-.")
-_LEGEND_CHARACTERS = 150  # that fit side by side, about
+_LEGEND_CHARACTERS = 120  # that fit side by side, about
 _GREY = COLOURS[6]
+_ASIDE = 0.08  # between points of one value, of the distance between values that are no numbers
 # Of the axis below the first panel; of other fields it is the field's own name.
 _NAMES = {
     "model.sync_factor": "p",
@@ -51,53 +52,56 @@ def plot(
     Args:
       plan: the sweep.
       summaries: a point each in the first panel.
-      curves: a line each in the others.
+      curves: a line each in the others; where all have one evaluation, a point over the bytes.
       output: a path.
     """
     from matplotlib.ticker import EngFormatter
 
-    figure = figures.new(15, 5.8)
-    by_value, over_steps, over_bytes = figure.subplots(1, 3)
+    figure = figures.new(12, 4.8)
+    are_points = all(len(curve.steps) == 1 for curve in curves.values())
+    by_value, *over_steps, over_bytes = figure.subplots(1, 2 if are_points else 3)
     looks = _looks(plan, summaries)
     _plot_by_value(by_value, plan, summaries, looks)
-    for summary in summaries:
-        curve = curves[summary.setting]
-        colour, style, _ = looks[summary.setting]
-        look = dict(color=colour, linestyle=style, linewidth=1.5)
-        label = _label(plan.fields, summary.setting)
-        over_steps.plot(curve.steps, curve.losses, **look, label=label)
-        over_bytes.plot(curve.sent, curve.losses, **look)
-    last = [curve.losses[-1] for curve in curves.values() if math.isfinite(curve.losses[-1])]
-    for panel in (over_steps, over_bytes):
-        if last:
-            # The first losses are high and alike: they would hide the differences.
-            low, high = min(last), max(last)
-            panel.set_ylim(low - 0.02 * low, high + max(0.25 * high, high - low))
-    over_steps.set(xlabel="step", title="Validation loss over the steps")
+    for setting, (colour, style, marker) in looks.items():
+        curve = curves[setting]
+        look = dict(color=colour, linestyle=style, linewidth=1.5, marker=marker * are_points)
+        for panel in over_steps:
+            panel.plot(curve.steps, curve.losses, **look)
+        over_bytes.plot(curve.sent, curve.losses, **look, label=_label(plan.fields, setting))
+    for panel in over_steps:
+        panel.set(xlabel="step", title="Validation loss over the steps")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     over_bytes.set(
-        xlabel="bytes that one of S devices sent",
-        title="The same over the bytes sent",
-        xscale="log",
+        xlabel="bytes that one of S devices sent", title="Validation loss over the bytes sent"
     )
-    handles, labels = over_steps.get_legend_handles_labels()
+    if are_points:
+        over_bytes.set_xlim(left=0)
+    else:
+        over_bytes.set_xscale("log")
+    over_bytes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
+    last = [curve.losses[-1] for curve in curves.values() if math.isfinite(curve.losses[-1])]
+    if last and not are_points:
+        # The first losses are high and alike: they would hide the differences.
+        low, high = min(last), max(last)
+        for panel in (*over_steps, over_bytes):
+            panel.set_ylim(low - 0.02 * low, high + max(0.25 * high, high - low))
+    for panel in figure.axes:
+        panel.set_ylabel("nats per token")
+    handles, labels = over_bytes.get_legend_handles_labels()
     # A column for each value of the compared field, if so many fit.
     fit = max(1, _LEGEND_CHARACTERS // (4 + max(map(len, labels))))
     columns = min(fit, len({colour for colour, *_ in looks.values()}))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    over_bytes.xaxis.set_major_formatter(EngFormatter(unit="B", sep=" "))
-    over_steps.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for panel in (by_value, over_steps, over_bytes):
-        panel.set_ylabel("nats per token")
     figures.save(figure, output)
 
 
 def _looks(plan: Plan, summaries: Sequence["Summary"]) -> dict[_Setting, tuple[str, str, str]]:
-    """Colour, line and marker of each setting; they repeat where there are too many."""
+    """Colour, line and marker of each setting, by the compared value; too many share theirs."""
     place = plan.fields.index(plan.compared)
     values = list(dict.fromkeys(s.setting[place] for s in summaries))
     others = list(dict.fromkeys(_others(plan, s.setting) for s in summaries))
     looks = {}
-    for summary in summaries:
+    for summary in sorted(summaries, key=lambda s: values.index(s.setting[place])):
         value = values.index(summary.setting[place])
         other = others.index(_others(plan, summary.setting))
         looks[summary.setting] = (
@@ -122,20 +126,22 @@ def _plot_by_value(
     lines: dict[_Setting, list[Summary]] = {}
     for summary in sorted(summaries, key=lambda s: at[s.setting[place]]):
         lines.setdefault(_others(plan, summary.setting), []).append(summary)
-    for line in lines.values():
+    for number, line in enumerate(lines.values()):
+        aside = 0 if numeric else _ASIDE * (number - (len(lines) - 1) / 2)
+        xs = [at[summary.setting[place]] + aside for summary in line]
         style = looks[line[0].setting][1]
-        xs, losses = [at[s.setting[place]] for s in line], [s.loss for s in line]
-        panel.plot(xs, losses, color=_GREY, linestyle=style, linewidth=1)
-    for summary in summaries:
-        colour, _, marker = looks[summary.setting]
-        x = at[summary.setting[place]]
-        look = dict(color=colour, marker=marker, elinewidth=1.2, capsize=3)
-        panel.errorbar(x, summary.loss, summary.spread, **look)
+        panel.plot(xs, [s.loss for s in line], color=_GREY, linestyle=style, linewidth=1)
+        for x, summary in zip(xs, line, strict=True):
+            colour, _, marker = looks[summary.setting]
+            look = dict(color=colour, marker=marker, elinewidth=1.2, capsize=3)
+            panel.errorbar(x, summary.loss, summary.spread, **look)
     if not numeric:
         names = [textwrap.fill(_words(plan.compared, value), 16) for value in values]
         panel.set_xticks(list(at.values()), names, fontsize=figures.SMALL)
         panel.margins(x=0.15)
-    title = "Validation loss at the end; bars: deviation over seeds"
+    late = plan.late_evaluations
+    title = "Last validation loss" if late == 1 else f"Mean of last {late} losses"
+    title += " ± deviation over seeds"
     panel.set(xlabel=_NAMES.get(plan.compared, plan.compared), title=title)
 
 
