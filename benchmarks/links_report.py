@@ -226,8 +226,13 @@ def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path
     ours = list(dict.fromkeys(row["system"] for row in rows if "bound_ms" in row))
     measured = {row["rate"] for row in rows}
     ticks = sorted(measured, key=lambda rate: rates[rate] or float("inf"))
-    figure = figures.new(2.8 * len(parts), 3.4)
-    panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    columns = min(3, len(parts))
+    rows_of_panels = -(-len(parts) // columns)
+    figure = figures.new(4 * columns, 3.2 * rows_of_panels)
+    grid = figure.subplots(rows_of_panels, columns, sharey=True, squeeze=False)
+    panels = grid.flat[: len(parts)]
+    for panel in grid.flat[len(parts) :]:
+        panel.set_visible(False)
     for panel, part in zip(panels, parts, strict=True):
         for number, system in enumerate(ours):
             chosen = {r["rate"]: r for r in rows if (r["part"], r["system"]) == (part, system)}
@@ -239,9 +244,10 @@ def _plot(rows: list[dict[str, Any]], rates: dict[str, float | None], path: Path
         panel.set_title(re.sub(r" (\d+)x(\d+)", r", \1 x \2 tokens", part))
         panel.set_xticks(range(len(ticks)), [_rate_name(rates[rate]) for rate in ticks])
         panel.margins(x=0.12)
-    panels[0].set_ylabel("times as fast as p = 1")
+    for panel in grid[:, 0]:
+        panel.set_ylabel("times as fast as p = 1")
     panels[0].plot([], [], ":", color="gray", label="bound")
-    panels[0].legend(fontsize=8)
+    panels[0].legend()
     figures.save(figure, path)
 
 

@@ -219,6 +219,7 @@ def _prediction_json(row: Prediction, full: Prediction) -> dict[str, Any]:
 
 def _plot_times(panel: "Axes", predictions: Predictions) -> None:
     """Stacked bars, in percent of the chip's step at p = 1 when nothing overlaps."""
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
 
     position, ticks, names = 0.0, [], []
@@ -265,12 +266,15 @@ def _plot_times(panel: "Axes", predictions: Predictions) -> None:
     panel.grid(visible=False, axis="y")
     panel.set_xlabel("step time, % of the same chip's at p = 1 (nothing overlapping)")
     panel.set_title(f"Predicted step time on {_mesh(predictions)}")
+    of_chips = COLOURS[: len(predictions)]  # each has its own, in both panels
+    always, at_most = (
+        tuple(Patch(color=colour, alpha=alpha, linewidth=0) for colour in of_chips)
+        for alpha in (1, 0.35)
+    )
     panel.legend(
-        handles=[
-            Patch(color="#d4d4d4", label="compute"),
-            Patch(color=COLOURS[0], label="exposed communication"),
-            Patch(color=COLOURS[0], alpha=0.35, linewidth=0, label="exposed unless it overlaps"),
-        ],
+        [Patch(color="#d4d4d4"), always, at_most],
+        ["compute", "exposed communication", "exposed unless it overlaps"],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         loc="lower center",
         bbox_to_anchor=(0.5, 1.03),
         ncols=3,
