@@ -22,6 +22,9 @@ from caat_jax.errors import InputError, Interrupted, Stop, about_file
 from caat_jax.storage import mirrors
 from configs import base
 
+# One of them is there where an NVIDIA GPU is: on Linux, and on Windows' Linux.
+_NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+
 # By how Python begins to say that a text is none.
 _WANTED = {
     "invalid literal for int": "must be a whole number",
@@ -105,9 +108,14 @@ def run(
 
 
 def quieten_logs() -> None:
-    """Orbax and others log every step they take, and also the errors that they raise."""
+    """Orbax and others log every step they take, and also the errors that they raise.
+
+    JAX logs a traceback where its plugin for NVIDIA GPUs is installed and no such GPU is there.
+    """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("jax").setLevel(logging.WARNING)
+    if not any(Path(device).exists() for device in _NVIDIA_DEVICES):
+        logging.getLogger("jax._src.xla_bridge").addFilter(lambda record: not record.exc_info)
 
 
 def _print_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
