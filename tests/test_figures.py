@@ -13,7 +13,7 @@ import pytest
 from benchmarks import links_report
 from caat_jax.sweep import plan as plans
 from caat_jax.sweep import report
-from configs import sweep
+from configs import equivalence, sweep
 from tests.figures import DOCS, missing, read_csv, read_json
 from tests.sweep.test_quality_docs import results_of
 
@@ -181,9 +181,29 @@ def wire_sentences():
 
 
 def quality_sentences():
-    half = next(s for s in summaries("sweep", sweep) if s.setting == (0.5, 8))
-    figures = [half.difference, (half.upper - half.lower) / 2]
-    yield "README.md", "put p = 0.5 about level ({:.3f} ± {:.3f})", figures
+    half, quarter, none = (summaries("equivalence", equivalence)[p, 8] for p in (0.5, 0.25, 0.0))
+    assert half.verdict.word == quarter.verdict.word
+    yield (
+        "README.md",
+        "p = 0.5 and 0.25 are {} than full synchronisation (upper bounds {:+.3f} and {:+.3f});"
+        " nothing synchronised is {}, by {:.3f}",
+        [half.verdict.word, half.upper, quarter.upper, none.verdict.word, none.difference],
+    )
+    yield (
+        "docs/quality.md",
+        "they end {:.3f} and {:.3f} nats below it, with upper bounds of {:+.3f} and {:+.3f}. Nothing"
+        " synchronised (p = 0), the positive control, is {}, by {:.3f} (at least {:.3f})",
+        [-half.difference, -quarter.difference, half.upper, quarter.upper]
+        + [none.verdict.word, none.difference, none.lower],
+    )
+    half, quarter = (summaries("sweep", sweep)[p, 8] for p in (0.5, 0.25))
+    yield (
+        "README.md",
+        "put p = 0.5 about level ({:.3f} ± {:.3f}) and p = 0.25 above p = 1 ({:+.3f} ± {:.3f})",
+        [figure for s in (half, quarter) for figure in (s.difference, (s.upper - s.lower) / 2)],
+    )
+    base = float(read_csv("quality/sensitivity.csv")[0]["loss"])
+    yield "docs/quality_studies.md", "{:.4f} without a cut, over the whole validation split", [base]
 
 
 def step_time_sentences():
@@ -251,7 +271,7 @@ def checkpointing_sentences():
 
 def summaries(name, module):
     plan = plans.resolve(module.get_config())
-    return report.summarise(plan, results_of(name, plan))
+    return {found.setting: found for found in report.summarise(plan, results_of(name, plan))}
 
 
 @pytest.mark.parametrize(
