@@ -184,6 +184,8 @@ def _description(programs: Programs, done: int) -> str:
     """For people: what is trained, on what, and after which step; the text comes first."""
     config, mesh = programs.config, programs.mesh
     devices = mesh.devices.ravel()
+    several = jax.process_count() > 1
+    place = f"{jax.process_count()} processes" if several else "one process"
     stages = [
         f"{config.at_step(stage.until).model.describe_sync_factors()} to step {stage.until}, then "
         for stage in config.train.sync_schedule
@@ -193,7 +195,7 @@ def _description(programs: Programs, done: int) -> str:
         f"training on {config.data.describe()}\n"
         f"{programs.blueprint.size / 1e6:,.1f} M parameters; S={config.model.tp_shards},"
         f" p={''.join(stages)}{config.model.describe_sync_factors()}\n"
-        f"{len(devices)} {devices[0].device_kind} devices of {jax.process_count()} processes,"
+        f"{len(devices)} {devices[0].device_kind} devices of {place},"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
         f" {programs.blueprint.attention} attention\n"
         f"{f'going on after step {done}; ' if done else ''}compiling the training step"
