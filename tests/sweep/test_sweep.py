@@ -13,8 +13,8 @@ from scipy import stats
 
 from caat_jax.config.resolve import resolve
 from caat_jax.errors import InputError
-from caat_jax.sweep import picture, report
 from caat_jax.sweep import plan as sweep_plan
+from caat_jax.sweep import report
 from configs import base, equivalence_widths, sweep, sweep_half, sweep_quarter, sweep_wires
 from tests import runs
 from tests.command_line import REPOSITORY, assert_refused, run_here, start_forked, write_texts
@@ -378,19 +378,3 @@ def test_result_of_another_version(tmp_path):
     (folder / "result.json").write_text('{"loss": 1.0, "tokens": 3, "wire_bytes": 4}')
     with pytest.raises(InputError, match=r"result\.json has no losses: .* delete it"):
         report.read(plan, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("model.sync_factor", 0.5, "p = 0.5"),
-        ("model.sync_factor_per_layer", (), "p evenly"),
-        ("model.sync_factor_per_layer", ((0.0, 0.75), 0.25), "p by layer, 0.31"),
-        ("train.sync_schedule", (), "from the start"),
-        ("train.sync_schedule", ((600, 1.0),), "p = 1 to step 600"),
-        ("compute.forward_wire_dtype", "int8", "forward wire dtype int8"),
-    ],
-    ids=str,
-)
-def test_labels_of_the_picture_are_words(field, value, words):
-    assert picture._label([field], (value,)) == words
