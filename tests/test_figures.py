@@ -191,10 +191,13 @@ def quality_sentences():
     )
     yield (
         "docs/quality.md",
-        "they end {:.3f} and {:.3f} nats below it, with upper bounds of {:+.3f} and {:+.3f}. Nothing"
-        " synchronised (p = 0), the positive control, is {}, by {:.3f} (at least {:.3f})",
-        [-half.difference, -quarter.difference, half.upper, quarter.upper]
-        + [none.verdict.word, none.difference, none.lower],
+        "they end {:.3f} and {:.3f} nats below it, with upper bounds of {:+.3f} and {:+.3f}",
+        [-half.difference, -quarter.difference, half.upper, quarter.upper],
+    )
+    yield (
+        "docs/quality.md",
+        "the positive control, is {}, by {:.3f} (at least {:.3f})",
+        [none.verdict.word, none.difference, none.lower],
     )
     half, quarter = (summaries("sweep", sweep)[p, 8] for p in (0.5, 0.25))
     yield (
