@@ -54,13 +54,14 @@ FORK_SERVER.set_forkserver_preload(
 )
 
 
-def start_forked(command, folder, outputs, environment=None, constants=None):
+def start_forked(command, folder, outputs, environment=None, constants=None, compiled=True):
     """The process of a script and its arguments, run in `folder`, its ~ too.
 
     `outputs` are the files for its stdout and stderr, `environment` variables to set, `constants`
-    values by the names of what they replace, such as "caat_jax.devices.processes.TIMEOUT_SECONDS".
+    values by the names of what they replace, such as "caat_jax.devices.processes.TIMEOUT_SECONDS";
+    `compiled`: it takes what another of these processes has compiled.
     """
-    settings = environment or {}, constants or {}, _compilation_cache().name
+    settings = environment or {}, constants or {}, _compilation_cache().name if compiled else None
     arguments = (command, folder, outputs, *settings)
     process = FORK_SERVER.Process(target=_run_script, args=arguments)
     process.start()

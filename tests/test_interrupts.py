@@ -1,6 +1,9 @@
 """Ctrl-C and SIGTERM at any moment of any command: one line, exit code 75, no traceback."""
 
 import ast
+import contextlib
+import itertools
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +14,19 @@ from pathlib import Path
 import pytest
 
 from caat_jax.devices.processes import StopRequest
-from tests.command_line import REPOSITORY, SMALL, TINY, flags_of, write_texts
+from tests.command_line import (
+    LONGEST_SECONDS,
+    REPOSITORY,
+    SMALL,
+    TINY,
+    flags_of,
+    run_forked,
+    start_forked,
+    write_texts,
+)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NEW = "new"  # what a command writes, in a folder of its own for each moment
 
 COMMANDS = {
     str(path.relative_to(REPOSITORY))
@@ -31,10 +46,11 @@ DOING = {
 }
 
 
-def start(*command):
+def start(*command, folder=REPOSITORY):
     return subprocess.Popen(
         [sys.executable, *command],
-        cwd=REPOSITORY,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,7 +58,7 @@ def start(*command):
 
 
 @pytest.mark.parametrize("doing", DOING.values(), ids=DOING)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_process_in_one_line(doing, number):
     script = "import time\nfrom caat_jax import interrupts\ninterrupts.end_at_once()\n"
     process = start("-c", script + f"print('doing', flush=True)\n{doing}")
@@ -118,31 +134,34 @@ def commands(tmp_path_factory):
     """Each command with arguments with which it works, by its script."""
     place = tmp_path_factory.mktemp("commands")
     texts = write_texts(place / "texts")
-    fields = {**SMALL, "data.files": f"{texts}/*.txt", "data.cache_dir": place / "cache"}
-    fields |= {"train.steps": 2000, "train.log_every": 10}
+    fields = {**SMALL, "data.files": f"{texts}/*.txt", "data.cache_dir": "cache"}
+    short = {"data.cache_dir": place / "cache", "model.sync_factor": 1}
     run, train = place / "run", [TINY, *flags_of(fields)]
-    short = ["--config.train.steps=1", "--config.model.sync_factor=1"]
-    subprocess.run(
-        [sys.executable, "train.py", *train, *short, f"--workdir={run}"], cwd=REPOSITORY, check=True
+    code, _, stderr = run_forked(
+        ["train.py", TINY, *flags_of(fields | short), f"--workdir={run}"], place
     )
+    assert code == 0, stderr
     small = [*train, "--config.model.vocab_size=264"]
+    one_run = {f"run.{name}": value for name, value in (fields | {"train.steps": 2}).items()}
+    one_run |= {"grid.seed": "(0,)", "grid.model.sync_factor": "(1.0,)"}
+    one_run |= {"grid.model.tp_shards": "(4,)"}
     return {
-        "train.py": [*train, f"--workdir={place / 'new'}"],
+        "train.py": [*train, f"--workdir={NEW}", "--config.train.steps=60"],
         "eval.py": [f"--workdir={run}"],
         "generate.py": [f"--workdir={run}", "--prompt=a", "--max_new_tokens=8"],
         "caat_jax/communication/__main__.py": small,
         "caat_jax/conversion/__main__.py": [
             f"--workdir={run}",
-            f"--output={place / 'converted'}",
+            f"--output={NEW}",
             "--sync_factor=0.5",
         ],
         "caat_jax/data/train_tokenizer.py": [
             *train,
             "--vocab_size=270",
-            f"--output={place / 'tokenizer.json'}",
+            f"--output={NEW}.json",
         ],
-        "caat_jax/huggingface/__main__.py": ["export", str(run), str(place / "exported")],
-        "caat_jax/plot/__main__.py": [str(run), f"--output={place / 'runs.png'}"],
+        "caat_jax/huggingface/__main__.py": ["export", str(run), NEW],
+        "caat_jax/plot/__main__.py": [str(run), f"--output={NEW}.png"],
         "caat_jax/sensitivity/__main__.py": [f"--workdir={run}", "--cut_to=0"],
         "caat_jax/step_time/__main__.py": [
             *small,
@@ -153,34 +172,69 @@ def commands(tmp_path_factory):
         ],
         "caat_jax/sweep/__main__.py": [
             f"--config={REPOSITORY / 'configs/sweep.py'}",
-            f"--workdir={place / 'sweep'}",
-            f"--config.run.data.cache_dir={place / 'cache'}",
+            f"--workdir={NEW}",
+            *flags_of(one_run),
         ],
     }
 
 
-def catches(process, number):
-    """Whether a process handles a signal itself."""
-    status = Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16) >> (number - 1) & 1
+def has_signals(process):
+    """Whether a process handles them itself, and has not ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16)
+    return all(caught >> (number - 1) & 1 for number in SIGNALS)
+
+
+def assert_stopped_or_done(code, stderr, moment):
+    """Whichever the command was faster to be."""
+    assert code in (75, 0), (moment, code, stderr)
+    assert "Traceback" not in stderr and "Fatal" not in stderr, (moment, stderr)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(COMMANDS))
-def test_a_signal_at_any_moment(commands, script):
-    """From the first one at which the process has the signals, to its end."""
+def test_a_signal_while_it_imports(commands, script, tmp_path):
+    """Five moments, so many seconds after it has taken the signals."""
     module = script.removesuffix("/__main__.py").removesuffix(".py").replace("/", ".")
-    command = ["-m", module] if "/" in script else [script]
-    seconds, codes = 0.0, []
-    while not codes or (codes[-1] == 75 and seconds < 30):
-        process = start(*command, *commands[script])
-        while not catches(process.pid, signal.SIGTERM):
+    command = ["-m", module] if "/" in script else [REPOSITORY / script]
+    for seconds, number in zip((0, 0.2, 0.5, 0.9, 1.4), itertools.cycle(SIGNALS)):
+        process = start(*command, *commands[script], folder=tmp_path)
+        while process.poll() is None and not has_signals(process.pid):
             time.sleep(0.005)
         time.sleep(seconds)
-        process.send_signal((signal.SIGINT, signal.SIGTERM)[len(codes) % 2])
-        _, stderr = process.communicate(timeout=60)
-        codes.append(process.returncode)
-        assert codes[-1] in (75, 0), (seconds, codes, stderr)
-        assert "Traceback" not in stderr, (seconds, stderr)
-        seconds = 0.2 + 1.6 * seconds
-    assert codes[0] == 75
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=120)
+        assert_stopped_or_done(process.returncode, stderr, seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(COMMANDS))
+def test_a_signal_while_it_works(commands, script, tmp_path):
+    """Fifteen moments, evenly over what it does when all is imported."""
+    began = time.monotonic()
+    code, stderr = signalled(script, commands[script], tmp_path / "whole", LONGEST_SECONDS)
+    assert code == 0, stderr
+    whole = time.monotonic() - began
+    for n, number in zip(range(15), itertools.cycle(SIGNALS)):
+        seconds = (n + 0.5) / 15 * whole
+        code, stderr = signalled(script, commands[script], tmp_path / str(n), seconds, number)
+        assert_stopped_or_done(code, stderr, seconds)
+
+
+def signalled(script, arguments, folder, seconds, number=signal.SIGKILL):
+    """Exit code and stderr of a command that is sent a signal so long after it has taken them."""
+    folder.mkdir()
+    outputs = [folder / "stdout", folder / "stderr"]
+    environment = {"PYTHONPATH": str(REPOSITORY)}
+    process = start_forked([script, *arguments], folder, outputs, environment, compiled=False)
+    while process.is_alive() and not has_signals(process.pid):
+        time.sleep(0.005)
+    process.join(seconds)
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it ends at this moment
+            os.kill(process.pid, number)
+        process.join(LONGEST_SECONDS)
+    return process.exitcode, outputs[1].read_text()
