@@ -14,7 +14,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = "caat_jax"
 html_theme_options = {"source_view_link": "", "top_of_page_buttons": []}
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
+html_show_copyright = False
 exclude_patterns = ["conf.py"]
 
 myst_heading_anchors = 3
