@@ -137,6 +137,9 @@ def get_config() -> ConfigDict:
             # starts synchronised; ((0, 1.0),) continues from an imported dense model, whose step 0
             # was at p = 1.
             sync_schedule=(),
+            # The workdir of a dense run, p = 1, with the same tokeniser: the loss is then how far
+            # the predictions are from that model's, instead of from the text's next tokens.
+            teacher="",
         )
     )
     return config.lock()

@@ -342,6 +342,21 @@ def cross_entropy_backward(saved):
     ]
 
 
+def divergence(logits, teacher_BTV, targets_BT):
+    """Mean KL(teacher || model) over the targets that are not negative, in nats, and its gradient
+    with respect to the S logit parts."""
+
+    def softmax(logits_BTV):
+        exponentials = np.exp(logits_BTV - logits_BTV.max(axis=-1, keepdims=True))
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+    p, q = softmax(np.concatenate(logits, axis=-1)), softmax(teacher_BTV)
+    counted_BT = targets_BT >= 0
+    weight_BT1 = (counted_BT / counted_BT.sum())[..., None]
+    mean = np.sum(weight_BT1 * q * (np.log(q) - np.log(p)))
+    return mean, np.split(weight_BT1 * (p - q), len(logits), axis=-1)
+
+
 # ---- The model -------------------------------------------------------------------------------
 
 SUBLAYERS = {"attention": (attention, attention_backward), "mlp": (mlp, mlp_backward)}
@@ -474,16 +489,21 @@ def loss_and_gradients(
     rope_scaling: tuple | None = None,
     norm_epsilon: float,
     wires: tuple[Callable, Callable] = (exact, exact),
+    teacher: np.ndarray | None = None,
 ) -> tuple[float, dict]:
     """inputs [B, T], targets [B, T] (negative: ignored) -> mean cross-entropy of the counted
-    targets in nats, and its gradient as a nested dict shaped like `params`, float64."""
+    targets in nats, or divergence from a teacher's logits [B, T, V], and its gradient as a nested
+    dict shaped like `params`, float64."""
     params, inputs = map_arrays(to_float64, params), np.asarray(inputs)
     rope = (rope_base, rope_scaling)
     logits, _, saved = run_forward(
         params, inputs, tp_shards, sync_widths, rope, norm_epsilon, wires[0]
     )
-    mean_loss, loss_saved = cross_entropy(logits, np.asarray(targets))
-    d_logits = cross_entropy_backward(loss_saved)
+    if teacher is None:
+        mean_loss, loss_saved = cross_entropy(logits, np.asarray(targets))
+        d_logits = cross_entropy_backward(loss_saved)
+    else:
+        mean_loss, d_logits = divergence(logits, teacher, np.asarray(targets))
     gradients = run_backward(
         d_logits, params, inputs, tp_shards, sync_widths, rope, saved, wires[1]
     )

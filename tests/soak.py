@@ -29,6 +29,7 @@ from tests.runs import Run
 
 STEPS_PER_KILL = 6
 LONGEST_STOP_SECONDS = 100
+LONGEST_WAIT_SECONDS = 600  # for a step, however busy the machine is
 COMPARED = ("train/loss", "train/grad_norm", "train/skipped_updates", "learning_rate", "eval/loss")
 
 
@@ -110,21 +111,31 @@ def stop_one_of_two(folder: Path, stops: int, seed: int) -> str:
     slowest = 0.0
     for _ in tqdm.trange(stops, desc="stops", disable=None):
         processes = runs.start_processes(2, workdir, fields, devices=1)
-        stopped = processes[chance.randrange(2)]
-        processes[0].wait_until(lambda run=processes[0]: "compiling" in run.output)
-        before = runs.last_step(workdir)
-        if chance.random() < 0.8:
-            target = before + chance.randint(1, 70)
-            processes[0].wait_until(lambda target=target: runs.last_step(workdir) >= target)
-        time.sleep(chance.uniform(0, 0.3))
-        start = time.monotonic()
-        stopped.signal(signal.SIGTERM)
-        codes = [run.wait(seconds=LONGEST_STOP_SECONDS) for run in processes]
-        slowest = max(slowest, time.monotonic() - start)
-        assert codes == [75, 75], [run.output for run in processes]
-        last = runs.last_step(workdir)
-        assert not last or runs.checkpoint_steps(workdir)[-1] == last, processes[0].output
+        try:
+            slowest = max(slowest, _stop_one(processes, chance))
+        finally:
+            for process in processes:
+                process.signal(signal.SIGKILL)
     return f"{stops} stops at {runs.last_step(workdir)} steps; the slowest took {slowest:.1f} s"
+
+
+def _stop_one(processes: list[Run], chance: random.Random) -> float:
+    """Stops one of two processes at some moment; the seconds until both have ended."""
+    first, stopped = processes[0], processes[chance.randrange(2)]
+    workdir = first.workdir
+    first.wait_until(lambda: "compiling" in first.output, LONGEST_WAIT_SECONDS)
+    target = runs.last_step(workdir) + chance.randint(1, 70)
+    if chance.random() < 0.8:
+        first.wait_until(lambda: runs.last_step(workdir) >= target, LONGEST_WAIT_SECONDS)
+    time.sleep(chance.uniform(0, 0.3))
+    start = time.monotonic()
+    stopped.signal(signal.SIGTERM)
+    codes = [run.wait(seconds=LONGEST_STOP_SECONDS) for run in processes]
+    seconds = time.monotonic() - start
+    assert codes == [75, 75], [run.output for run in processes]
+    last = runs.last_step(workdir)
+    assert not last or runs.checkpoint_steps(workdir)[-1] == last, first.output
+    return seconds
 
 
 def _final_state(workdir: Path) -> list[bytes]:

@@ -136,6 +136,7 @@ ODD = {
     "train.checkpoints_to_keep": COUNTS,
     "train.skipped_updates_allowed": COUNTS,
     "train.profile_step": COUNTS,
+    "train.teacher": NOWHERE,
     "train.sync_schedule": [
         "()",
         "((0,1),)",

@@ -67,6 +67,12 @@ class Architecture:
         """D_s of every layer's (attention, MLP)."""
         return tuple(tuple(map(self.sync_width, pair)) for pair in self.sync_factors)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the function is an ordinary Llama's: nothing private, or one shard only."""
+        widths = {width for pair in self.sync_widths for width in pair}
+        return self.tp_shards == 1 or widths == {self.embed_dim}
+
     def describe_sync_factors(self) -> str:
         """For people: "0.5", or runs of layers as in "1.0 in 2 layers, 0.5 in 30 layers"."""
         runs = [

@@ -110,6 +110,7 @@ class TrainConfig:
     skipped_updates_allowed: int
     profile_step: int
     sync_schedule: tuple[Stage, ...]
+    teacher: str
 
 
 @dataclasses.dataclass(frozen=True)

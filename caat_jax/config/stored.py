@@ -43,7 +43,7 @@ def from_json(fields: dict[str, Any]) -> Config:
         # Checkpoints that are older than a field did without.
         model = {"vocab_padding": 0, **fields["model"]}
         model["sync_factors"] = _pairs(model["sync_factors"])
-        train = {"sync_schedule": (), **fields["train"]}
+        train = {"sync_schedule": (), "teacher": "", **fields["train"]}
         train["sync_schedule"] = tuple(
             Stage(until, _pairs(factors)) for until, factors in train["sync_schedule"]
         )

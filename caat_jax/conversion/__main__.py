@@ -43,7 +43,6 @@ from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
 from caat_jax.huggingface import folders
-from caat_jax.huggingface.llama_config import is_dense
 from caat_jax.training.step import Programs
 from configs import base
 
@@ -73,7 +72,7 @@ def main() -> None:
     output = user_paths.expanded("--output", _OUTPUT.value)
     folders.check_new(output)
     step, stored = checkpoints.newest_config(workdir)
-    if not is_dense(stored.model):
+    if not stored.model.is_dense:
         raise InputError(
             f"--workdir={workdir} has p={stored.model.describe_sync_factors()}; only a dense model,"
             " p = 1, can be converted"
@@ -130,7 +129,7 @@ def _configurations(stored: Config) -> tuple[Config, Config]:
     else:
         fields.model.sync_factor_per_layer = _literal(_PER_LAYER.value)
     target = resolve(fields)
-    if _BASIS.value == converting.ROTATION and not is_dense(target.model):
+    if _BASIS.value == converting.ROTATION and not target.model.is_dense:
         untied = dataclasses.replace(target.model, tied_head=False)
         target = dataclasses.replace(target, model=untied)
     return dense, target

@@ -17,7 +17,6 @@ from caat_jax.conversion.fitting import Fitter, StreamError
 from caat_jax.conversion.progress import Progress
 from caat_jax.conversion.texts import Texts
 from caat_jax.devices import sharding
-from caat_jax.huggingface.llama_config import is_dense
 from caat_jax.training.step import Programs
 from caat_jax.training.validation import summed_loss
 
@@ -66,7 +65,7 @@ def convert(
     dense_loss, tokens = loss(dense, mesh, parameters, texts.held_out)
     cut_loss, _ = loss(cut, mesh, parameters, texts.held_out)
     errors = {}
-    if not is_dense(target.model):
+    if not target.model.is_dense:
         basis.fold_norms(parameters)
         change_basis(parameters, dense, mesh, texts, progress, new_basis)
         errors = fit(parameters, dense, target, mesh, texts, progress)

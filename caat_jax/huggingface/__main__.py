@@ -24,7 +24,7 @@ from caat_jax.config.architecture import Architecture
 from caat_jax.data import carried_tokenizer
 from caat_jax.data.tokenizers import Tokenizer
 from caat_jax.errors import InputError
-from caat_jax.huggingface import config_file, exporting, folders, importing, llama_config
+from caat_jax.huggingface import config_file, exporting, folders, importing
 from caat_jax.storage import mirrors
 from configs import base
 
@@ -76,7 +76,7 @@ def _import(source: Path, workdir: Path) -> None:
             "config.json says tie_word_embeddings, but lm_head.weight is stored and differs from"
             " the embedding: it is kept, as transformers does"
         )
-    if not llama_config.is_dense(arch):
+    if not arch.is_dense:
         print(
             f"At p={arch.describe_sync_factors()} these weights do not compute what they compute in"
             " the source: this is a CAAT-Net initialised from a dense model, to be trained"
@@ -110,7 +110,7 @@ def _export(workdir: Path, destination: Path) -> None:
     jax.config.update("jax_platforms", "cpu")  # copying needs no accelerator, nor takes one
     exported = exporting.export(workdir, destination, dtype=_DTYPE.value)
     arch = exported.config.model
-    remote = "" if llama_config.is_dense(arch) else ", trust_remote_code=True"
+    remote = "" if arch.is_dense else ", trust_remote_code=True"
     print(
         f"Exported step {exported.step} of {mirrors.with_urls(str(workdir))} to {destination} in"
         f" {_DTYPE.value};"

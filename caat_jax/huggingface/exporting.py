@@ -59,7 +59,7 @@ def export(workdir: Path, destination: Path, *, dtype: str) -> Exported:
     programs = Programs(config, one_device)
     with Checkpoints(workdir) as checkpoints:
         arch = _without_padding(checkpoints, step, programs, workdir)
-    if llama_config.is_dense(arch) and arch.embed_dim % arch.heads:
+    if arch.is_dense and arch.embed_dim % arch.heads:
         raise InputError(
             f"model.embed_dim={arch.embed_dim} is not a multiple of model.heads={arch.heads}, which"
             " transformers requires of a Llama"
@@ -87,7 +87,7 @@ def _without_padding(
     """
     arch = programs.config.model
     carried = workdir / carried_tokenizer.IMPORTED_FOLDER
-    if not llama_config.is_dense(arch):
+    if not arch.is_dense:
         return arch
     real = dataclasses.replace(arch, vocab_size=arch.vocab_size - arch.vocab_padding)
     real = dataclasses.replace(real, vocab_padding=0)
@@ -154,7 +154,7 @@ def _write_configuration(
         _write_json(folder / "generation_config.json", token_ids)
     fields = llama_config.to_fields(arch, dtype=dtype, max_length=length) | token_ids
     _write_json(folder / llama_config.FILE, fields)
-    if not llama_config.is_dense(arch):
+    if not arch.is_dense:
         shutil.copyfile(CODE, folder / CODE.name)
 
 

@@ -124,7 +124,7 @@ def to_fields(arch: Architecture, *, dtype: str, max_length: int) -> dict[str, A
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if is_dense(arch):
+    if arch.is_dense:
         return fields
     return fields | {
         "architectures": ["CaatLlamaForCausalLM"],
@@ -137,12 +137,6 @@ def to_fields(arch: Architecture, *, dtype: str, max_length: int) -> dict[str, A
         "sync_widths": arch.sync_widths,
         "vocab_padding": arch.vocab_padding,
     }
-
-
-def is_dense(arch: Architecture) -> bool:
-    """Whether the function is an ordinary Llama's: nothing private, or one shard only."""
-    widths = {width for pair in arch.sync_widths for width in pair}
-    return arch.tp_shards == 1 or widths == {arch.embed_dim}
 
 
 def _rope_fields(fields: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is split over the `model` mesh axis."""
+"""Losses over a vocabulary that is split over the `model` mesh axis."""
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,57 @@ def without_padding(logits_GBTv: jax.Array, padding: int) -> jax.Array:
     vocabulary = lax.axis_size("model") * groups * columns
     is_real = vocabulary_ids(logits_GBTv) < vocabulary - padding
     return jnp.where(is_real, logits_GBTv, -jnp.inf)
+
+
+@jax.custom_vjp
+def divergence(logits_GBTv: jax.Array, teacher_GBTv: jax.Array) -> jax.Array:
+    """KL(teacher || model) = Σ_v q_v·(log q_v − log p_v) of every token, in nats.
+
+    p = softmax(logits), q = softmax(teacher).  Runs inside `jax.shard_map`; as in `cross_entropy`,
+    a few numbers a token are reduced.  There is no gradient for the teacher.
+
+    Args:
+      logits_GBTv: float32 [G, B, T, v], the model's, as for `cross_entropy`.
+      teacher_GBTv: float32, the same ids, perhaps in other groups; −∞ where the model's are.
+
+    Returns:
+      float32 [B, T], equal on all devices of the `model` axis.
+    """
+    return _divergence_forward(logits_GBTv, teacher_GBTv)[0]
+
+
+def in_groups(logits_GBTv: jax.Array, groups: int) -> jax.Array:
+    """The same ids' logits in another number of groups."""
+    if logits_GBTv.shape[0] == groups:
+        return logits_GBTv
+    logits_BTGv = jnp.moveaxis(logits_GBTv, 0, 2)
+    return jnp.moveaxis(logits_BTGv.reshape(*logits_BTGv.shape[:2], groups, -1), 2, 0)
+
+
+def _divergence_forward(logits, teacher):
+    teacher = in_groups(teacher, logits.shape[0])
+    both = jnp.stack([logits, teacher])
+    largest = lax.pmax(jnp.max(both, axis=(1, -1)), "model")
+    exponentials = jnp.exp(both - largest[:, None, ..., None])
+    # An id of no probability counts nothing, though its logits' difference is no number.
+    farther = jnp.where(exponentials[1] > 0, exponentials[1] * (teacher - logits), 0.0)
+    sums = jnp.sum(jnp.concatenate([exponentials, farther[None]]), axis=(1, -1))
+    model_sum, teacher_sum, farther_sum = lax.psum(sums, "model")
+    normalisers = largest + jnp.log(jnp.stack([model_sum, teacher_sum]))
+    losses = farther_sum / teacher_sum + normalisers[0] - normalisers[1]
+    return losses, (logits, teacher, normalisers)
+
+
+def _divergence_backward(residuals, gradient):
+    logits, teacher, normalisers = residuals
+    model, teacher = (
+        jnp.exp(part - normaliser[..., None])
+        for part, normaliser in zip((logits, teacher), normalisers, strict=True)
+    )
+    return gradient[..., None] * (model - teacher), None
+
+
+divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 def _forward(logits, targets):

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import tqdm
-from jax.sharding import Mesh
 
 from caat_jax import activity
 from caat_jax.checkpoints import workdir as workdir_lib
 from caat_jax.checkpoints.checkpoints import Checkpoints, stored_config
+from caat_jax.checkpoints.trained import TrainedModel
 from caat_jax.config.resolve import resolve_mesh
 from caat_jax.config.sections import Config
 from caat_jax.data import carried_tokenizer
@@ -23,6 +23,7 @@ from caat_jax.devices.dispatch import one_program_at_a_time
 from caat_jax.devices.processes import StopRequest
 from caat_jax.errors import Diverged, Interrupted
 from caat_jax.model import attention
+from caat_jax.training import teacher as teachers
 from caat_jax.training.metrics import MetricsWriter, Throughput, model_flops_per_token, peak_flops
 from caat_jax.training.optimizer import learning_rate
 from caat_jax.training.step import Programs, TrainState
@@ -52,8 +53,9 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
     mesh = sharding.create_mesh(resolve_mesh(config, len(jax.devices())))
     attention_kernel = attention.choose(config.model, config.compute, mesh.devices.flat[0].platform)
     memory.check_training(config, mesh, attention_kernel)
+    teacher = teachers.load(config, mesh, tokenizer)
     # Of any stage of the schedule: states have the same layout in all.
-    programs = Programs(config, mesh)
+    programs = Programs(config, mesh, teacher and teacher.config.model)
     to_keep = config.train.checkpoints_to_keep
     with workdir_lib.sole_run(workdir), Checkpoints(workdir, to_keep=to_keep) as checkpoints:
         newest = checkpoints.resume_step()
@@ -83,10 +85,9 @@ def train(config: Config, workdir: Path) -> tuple[int, float]:
                 if processes.is_first():
                     print(_description(programs, done), file=sys.stderr)
                 return config.train.steps, _loop(
-                    config, mesh, state, done, batches, cache.validation, checkpoints, writer
+                    programs, state, done, batches, cache.validation, checkpoints, writer, teacher
                 )
-        programs = Programs(config.at_step(done), mesh)
-        return done, validation_loss(programs, state.parameters, cache.validation)
+        return done, validation_loss(programs.at_step(done), state.parameters, cache.validation)
 
 
 def _check_same_corpus(cache: TokenCache) -> None:
@@ -113,34 +114,35 @@ def _report_another_decay(stored: Config, config: Config, done: int) -> None:
 
 
 def _loop(
-    config: Config,
-    mesh: Mesh,
+    programs: Programs,
     state: TrainState,
     done: int,
     batches: TrainBatches,
     validation: TokenSequences,
     checkpoints: Checkpoints,
     writer: MetricsWriter | None,
+    teacher: TrainedModel | None,
 ) -> float:
-    """Does the steps after `done`, each with the factors of its stage of `train.sync_schedule`.
+    """Does the steps after `done`, each with the programs of its stage of `train.sync_schedule`.
 
     Returns the last validation loss.
     """
-    train = config.train
-    programs = Programs(config.at_step(done + 1), mesh)
-    train_step = _compiled(programs)
+    config, train = programs.config, programs.config.train
+    stage = programs.at_step(done + 1)
+    taught_by = (teacher.parameters,) if teacher else ()
+    train_step = _compiled(stage)
     # CPU processes wait 30 seconds for each other's connections, and may compile for longer.
     processes.check_same({"the step to resume from": done})
     with StopRequest() as stop_request, _Log(config, writer, done) as log:
         for step in range(done + 1, train.steps + 1):
-            if programs.config != config.at_step(step):  # a stage of the schedule is over
+            if stage.config != config.at_step(step):  # a stage of the schedule is over
                 with log.pause(step - 1):
-                    programs = Programs(config.at_step(step), mesh)
-                    train_step = _compiled(programs)
+                    stage = programs.at_step(step)
+                    train_step = _compiled(stage)
             batch = next(batches)
             profiled = step == train.profile_step and writer is not None
             with _profiled(writer.workdir if profiled else None), jax.transfer_guard("disallow"):
-                state, values = train_step(state, batch)
+                state, values = train_step(state, batch, *taught_by)
                 if profiled or one_program_at_a_time():  # a trace shall hold the whole step
                     jax.block_until_ready(values)
             log.step(step, values)
@@ -153,12 +155,12 @@ def _loop(
                 with log.pause(step):
                     if evaluate:
                         with activity.shown("evaluating"):
-                            loss = validation_loss(programs, state.parameters, validation)
+                            loss = validation_loss(stage, state.parameters, validation)
                         log.evaluation(step, loss)
                     if save:
                         if writer:
                             writer.synchronise()
-                        checkpoints.save(state, step, programs.config, batches.get_state())
+                        checkpoints.save(state, step, stage.config, batches.get_state())
             if stop:
                 with activity.shown("saving"):
                     checkpoints.wait()

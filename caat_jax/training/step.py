@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from caat_jax.config.architecture import Architecture
 from caat_jax.config.sections import Config
 from caat_jax.devices import sharding, xla_options
 from caat_jax.model import loss
@@ -39,13 +40,21 @@ class TrainState(NamedTuple):
 
 
 class Programs:
-    """The programs of one configuration on one mesh; each is compiled at its first call."""
+    """The programs of one configuration on one mesh; each is compiled at its first call.
 
-    def __init__(self, config: Config, mesh: Mesh | AbstractMesh):
+    With a teacher, a dense model of the same vocabulary, the training step takes its parameters
+    too, in the compute type, after the batch.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh | AbstractMesh, teacher: Architecture | None = None
+    ):
         self.config = config
         self.mesh = mesh
         platform = sharding.platform(mesh)
         self.blueprint = Blueprint(config.model, config.compute, platform)
+        self.teacher = teacher and Blueprint(teacher, config.compute, platform)
+        self._teacher_architecture = teacher
         self.optimizer = optimizer.create(config.optimizer, self.blueprint.logical_axes)
         self.batch_sharding = sharding.batch_sharding(mesh)
         self._shapes = jax.eval_shape(self._initial_state)
@@ -79,6 +88,10 @@ class Programs:
             compiler_options=options,
         )
 
+    def at_step(self, step: int) -> "Programs":
+        """Those of the factors in effect at a step of these programs' configuration."""
+        return type(self)(self.config.at_step(step), self.mesh, self._teacher_architecture)
+
     def initial_state(self) -> TrainState:
         """A fresh state, laid out on the mesh; the same values on every mesh."""
         return jax.jit(self._initial_state, out_shardings=self.state_shardings)()
@@ -95,7 +108,9 @@ class Programs:
         """
         shape = (self.config.train.global_batch, self.config.data.sequence_length + 1)
         batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.batch_sharding)
-        return self.train_step.trace(self.state_shapes, batch)
+        dtype = jnp.dtype(self.config.compute.dtype)
+        taught_by = [self.teacher.on_mesh(self.mesh, dtype)] if self.teacher else []
+        return self.train_step.trace(self.state_shapes, batch, *taught_by)
 
     def compile_train_step(self) -> jax.stages.Compiled:
         """The training step, compiled before there is a state or a batch."""
@@ -125,16 +140,19 @@ class Programs:
         )
 
     def _train_step(
-        self, state: TrainState, batch: jax.Array
+        self, state: TrainState, batch: jax.Array, *taught_by: Any
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update on a batch of token sequences, int32 [B, T + 1]; negative ids are padding.
 
         Where the loss or the gradient is not finite, parameters and optimizer stay as they were.
+        `taught_by`: the teacher's parameters, where there is one.
         """
         loss_and_gradients = self._shard_map(
-            self._loss_and_gradients, out_specs=(P(), self.blueprint.specs)
+            self._loss_and_gradients,
+            (P(), self.blueprint.specs),
+            *([self.teacher.specs] if self.teacher else []),
         )
-        mean_loss, gradients = loss_and_gradients(state.parameters, batch)
+        mean_loss, gradients = loss_and_gradients(state.parameters, batch, *taught_by)
         updates, optimizer_state = self.optimizer.update(
             gradients, state.optimizer_state, state.parameters
         )
@@ -162,24 +180,26 @@ class Programs:
         }
         return state, metrics
 
-    def _shard_map(self, function: Callable, out_specs: Any) -> Callable:
+    def _shard_map(self, function: Callable, out_specs: Any, *more_specs: Any) -> Callable:
         return sharding.over_mesh(
             function,
             self.mesh,
             self.config.compute.dtype,
-            in_specs=(self.blueprint.specs, self.batch_sharding.spec),
+            in_specs=(self.blueprint.specs, self.batch_sharding.spec, *more_specs),
             out_specs=out_specs,
         )
 
     # What follows runs on each device's part, inside `shard_map`.
 
-    def _loss_and_gradients(self, parameters: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
+    def _loss_and_gradients(
+        self, parameters: Any, batch: jax.Array, *taught_by: Any
+    ) -> tuple[jax.Array, Any]:
         """Mean loss over all counted targets of the global batch, and its gradient."""
         count = lax.psum(jnp.sum(batch[:, 1:] >= 0), DATA_AXES)
         varying = sharding.mark_varying(parameters, self.blueprint.specs)
 
         def mean_loss(parameters: Any, rows: jax.Array) -> jax.Array:
-            return jnp.sum(self._token_losses(parameters, rows)) / count
+            return jnp.sum(self._token_losses(parameters, rows, *taught_by)) / count
 
         value_and_gradient = jax.value_and_grad(mean_loss)
 
@@ -224,17 +244,22 @@ class Programs:
             losses = loss.cross_entropy(logits, batch[:, 1:])
             return -losses, loss.most_likely(logits) == batch[:, 1:]
 
-    def _token_losses(self, parameters: Any, rows: jax.Array) -> jax.Array:
-        """float32 [B, T] of token sequences [B, T + 1]."""
+    def _token_losses(self, parameters: Any, rows: jax.Array, *taught_by: Any) -> jax.Array:
+        """float32 [B, T] of token sequences [B, T + 1]: to the text, or to a teacher."""
         logits = self._logits(parameters, rows)
         with jax.named_scope(HEAD_AND_LOSS):
-            return loss.cross_entropy(logits, rows[:, 1:])
+            if not taught_by:
+                return loss.cross_entropy(logits, rows[:, 1:])
+        (teacher,) = taught_by
+        teacher = self.teacher.bind(sharding.mark_varying(teacher, self.teacher.specs))
+        taught = teacher(jnp.maximum(rows[:, :-1], 0))
+        with jax.named_scope(HEAD_AND_LOSS):
+            return jnp.where(rows[:, 1:] >= 0, loss.divergence(logits, taught), 0.0)
 
     def _whole_logits(self, parameters: Any, tokens: jax.Array) -> jax.Array:
         """float32 [B, T, this device's part of V] of tokens [B, T]."""
         varying = sharding.mark_varying(parameters, self.blueprint.specs)
-        logits_BTGv = jnp.moveaxis(self.blueprint.bind(varying)(tokens), 0, 2)
-        return logits_BTGv.reshape(*logits_BTGv.shape[:2], -1)
+        return loss.in_groups(self.blueprint.bind(varying)(tokens), 1)[0]
 
     def _streams(self, parameters: Any, tokens: jax.Array) -> Stream:
         """All shards' streams after the last layer, as `STREAM_AXES` has them, of tokens [B, T]."""
