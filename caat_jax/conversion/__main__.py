@@ -42,7 +42,7 @@ from caat_jax.data import carried_tokenizer, token_cache
 from caat_jax.data.loader import NOTHING_READ
 from caat_jax.devices import sharding
 from caat_jax.errors import InputError
-from caat_jax.huggingface import folders
+from caat_jax.huggingface import config_file, folders
 from caat_jax.training.step import Programs
 from configs import base
 
@@ -94,7 +94,9 @@ def main() -> None:
     print(report.table(converted))
     print(
         f"\n{output} holds the CAAT-Net, S={target.model.tp_shards},"
-        f" p={target.model.describe_sync_factors()}: python eval.py --workdir={output}"
+        f" p={target.model.describe_sync_factors()}: python eval.py --workdir={output};"
+        f" to train on, python train.py --config={output / config_file.NAME} --workdir={output}"
+        f" --config.train.teacher={workdir}, with a learning rate and steps"
     )
 
 
@@ -184,6 +186,7 @@ def _write(output: Path, workdir: Path, target: Config, converted: Converted, te
                 shutil.copytree(workdir / carried, folder / carried)
         with Checkpoints(folder) as saved:
             saved.save(state, 0, target, NOTHING_READ)
+        files.write(folder / config_file.NAME, config_file.source_code(target, folder))
         files.write(folder / "conversion.csv", report.to_csv(converted))
         figures = report.to_json(converted, texts, target.model)
         files.write(folder / "conversion.json", json.dumps(figures, indent=2) + "\n")

@@ -82,7 +82,7 @@ def import_llama(
     parameters = _parameters(opened, programs.state_shapes.parameters)
     with folders.complete_folder(workdir) as folder:
         folders.copy_files(folders.CARRIED, source, folder / IMPORTED_FOLDER)
-        (folder / config_file.NAME).write_text(config_file.source_code(config))
+        (folder / config_file.NAME).write_text(config_file.source_code(config, folder))
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(programs.fresh_state(parameters), 0, config, NOTHING_READ)
     dtypes = tuple(sorted({tensor.dtype for tensor in opened.tensors.values()}))

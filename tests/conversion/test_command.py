@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import shutil
 
 import jax
@@ -18,9 +19,10 @@ from caat_jax.data.loader import NOTHING_READ
 from caat_jax.data.token_cache import open_cache
 from caat_jax.data.tokenizers import load_tokenizer
 from caat_jax.devices import sharding
+from caat_jax.training import loop
 from caat_jax.training.step import Programs
 from configs import base
-from tests import models
+from tests import models, runs
 from tests.command_line import assert_refused, run_here
 
 COMMAND = "caat_jax/conversion/__main__.py"
@@ -84,6 +86,18 @@ def test_output_is_an_ordinary_workdir_with_a_report(dense, converted):
     ]
     assert texts[0] == texts[1]
     assert not list(workdir.parent.glob(".*unfinished"))
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_the_dense_model_as_its_teacher(dense, converted, tmp_path):
+    workdir = shutil.copytree(converted[0], tmp_path / "half")
+    fields = runpy.run_path(str(workdir / "config.py"))["get_config"]()
+    stored = checkpoints.newest_config(workdir)[1]
+    assert (resolve(fields).model, resolve(fields).data) == (stored.model, stored.data)
+    fields.train.update(steps=2, global_batch=8, teacher=str(dense))
+    loop.train(resolve(fields), workdir)
+    losses = runs.series(workdir, "train/loss")
+    assert 0 < losses[1] < 1e-3 < runs.series(workdir, "eval/loss")[2]
 
 
 @pytest.mark.slow
