@@ -56,7 +56,7 @@ def soak(folder: Path, kills: int, seed: int) -> str:
         run = Run(disturbed, fields)
         ends.append(_kill(run, chance))
         cut_off += run.output.count("was not completed")
-        went_on = f"going on after step {before[-1]};" in run.output if before else True
+        went_on = f"resuming after step {before[-1]};" in run.output if before else True
         assert went_on or "compiling" not in run.output, run.output
         # Older ones make way for newer ones.
         assert before[-1:] <= runs.checkpoint_steps(disturbed)[-1:], "a checkpoint is gone"

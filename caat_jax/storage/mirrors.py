@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Each holds an object, and what is read back of it, in memory.
 THREADS = 4
 _PREFIX = "caat_jax_mirror_"
-# What a mirror begins with: small files that going on with a run, or using it, may need.  Whatever
+# What a mirror begins with: small files that resuming a run, or using it, may need.  Whatever
 # else a URL leads to, such as a folder of many runs, stays there.
 _FETCHED = re.compile(r"(?!lock$|tensorboard/)([^/]+/)?[^/]+")
 # Locks, files that are being written, and checkpoints, which have a way of their own.

@@ -200,7 +200,7 @@ def _description(programs: Programs, done: int) -> str:
         f"{len(devices)} {devices[0].device_kind} devices of {place},"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())};"
         f" {programs.blueprint.attention} attention\n"
-        f"{f'going on after step {done}; ' if done else ''}compiling the training step"
+        f"{f'resuming after step {done}; ' if done else ''}compiling the training step"
     )
 
 

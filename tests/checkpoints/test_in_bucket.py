@@ -234,7 +234,7 @@ def test_a_run_that_is_killed_while_uploading_is_that_of_a_disk(s3, tmp_path, pr
     assert found == {"5": True, "10": False}
     codes, output = train(url, seconds)
     assert codes == [0] * processes, output
-    assert "going on after step 5" in output and f"{url}/checkpoints/10 was not completed" in output
+    assert "resuming after step 5" in output and f"{url}/checkpoints/10 was not completed" in output
     assert losses(bucket.read("metrics.jsonl")[0].decode()) == losses(
         (on_disk / "metrics.jsonl").read_text()
     )

@@ -99,7 +99,7 @@ def test_sigterm_to_one_stops_all_and_fewer_go_on(corpus, alone, tmp_path):
             assert f"stopped after step {step}, saved" in run.said()[-1]
     run = Run(workdir, corpus | {"mesh.data": 2, "mesh.fsdp": 2})
     assert run.wait() == 0, run.output
-    assert f"going on after step {step};" in run.output
+    assert f"resuming after step {step};" in run.output
     assert_same(workdir, alone, relative=1e-5)
 
 
