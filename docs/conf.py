@@ -27,3 +27,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
 add_module_names = False
+
+
+def setup(app):
+    """Leaves out what Python says of a NamedTuple's fields; its signature has them."""
+    app.connect("autodoc-skip-member", _skip)
+
+
+def _skip(app, what, name, member, skip, options):
+    return skip or str(member.__doc__).startswith("Alias for field number")

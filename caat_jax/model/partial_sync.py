@@ -2,11 +2,11 @@
 
 The architecture has S shards, each with a residual stream x_j [B, T, D] of its own.  At first all
 are the embedding.  A sublayer, attention or MLP, computes on shard j, with that shard's heads or
-columns only,
+columns only::
 
     y_j = f_j(RMSNorm(x_j; γ))
 
-and adds to the shard's stream
+and adds to the shard's stream::
 
     z_j[..., :D_s] = Σ_k y_k[..., :D_s]      summed over all shards: the only communication
     z_j[..., D_s:] = √S · y_j[..., D_s:]     the shard's own
