@@ -281,35 +281,9 @@ def test_data_in_a_bucket(run, small, tmp_path, field):
     assert set(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["missing", "empty"])
-def test_evaluation_of_a_workdir_without_checkpoint(run, tmp_path, made):
-    workdir = tmp_path / "run"
-    if made:
-        workdir.mkdir()
-    assert_refused(run("eval.py", f"--workdir={workdir}"), f"--workdir={workdir}", "train.py")
-    assert workdir.exists() == made and not (made and list(workdir.iterdir()))
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--tasks="], ["--tasks lacks a name", "hellaswag"]),
-        (["--tasks=piqa,,arc_easy"], ["--tasks lacks a name"]),
-        (["--limit=3"], ["--limit", "give --tasks"]),
-        (["--include_path=."], ["--include_path", "give --tasks"]),
-        (["--tasks=piqa", "--batch_size=0"], ["--batch_size", "0"]),
-        (["--tasks=piqa", "--num_fewshot=-1"], ["--num_fewshot", "-1"]),
-        (["--tasks=piqa", "--config.data.files=x"], ["--config.data.files", "not about tasks"]),
-        (["--config.model.layers=2"], ["--config.model.layers", "the checkpoint has its own"]),
-        (["--config.data.flies=x"], ["config.data.flies", "config.data.files"]),
-        (["--config.data.holdout_every=x"], ["data.holdout_every", "x"]),
-        (["--config=configs/tiny.py"], ["--config=configs/tiny.py"]),
-    ],
-    ids=str,
-)
-def test_evaluation_refuses_flags(run, tmp_path, arguments, said):
-    assert_refused(run("eval.py", f"--workdir={tmp_path}/run", *arguments), *said)
-    assert not (tmp_path / "run").exists()
+def test_evaluation_of_an_empty_workdir(run, tmp_path):
+    assert_refused(run("eval.py", f"--workdir={tmp_path}"), f"--workdir={tmp_path}", "train.py")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tasks_without_lm_eval(run, monkeypatch):
@@ -323,7 +297,6 @@ def test_tasks_without_lm_eval(run, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--program=fly"], ["--program=fly", "train, prefill, decode"]),
         (["--batch=2"], ["--batch=2", "--program=prefill or decode"]),
         (["--length=2"], ["--length=2", "--program=prefill or decode"]),
         (["--program=decode", "--batch=0"], ["--batch=0", "multiple of"]),
@@ -335,7 +308,6 @@ def test_tasks_without_lm_eval(run, monkeypatch):
         (["--topology=v5e"], ["--topology=v5e", "v5p:4x4x4"]),
         (["--topology=v5e:3x3"], ["--topology=v5e:3x3", "v5p:4x4x4"]),
         (["--topology=v5e:2x2", "--slices=0"], ["--slices=0", "at least 1"]),
-        (["--slices=2"], ["--slices=2", "--topology"]),
         (
             ["--topology=v5e:2x4", "--config.mesh.model=4", "--config.mesh.data=4"],
             ["mesh.data=4", "8 devices"],
@@ -352,24 +324,6 @@ def test_communication_refuses(run, arguments, said):
     if any("topology" in argument for argument in arguments):
         pytest.importorskip("libtpu")
     assert_refused(run("caat_jax/communication/__main__.py", TINY, *arguments), *said)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--devices=8"], ["--chip is missing", "v5p"]),
-        (["--devices=8", "--chip=v5q"], ["--chip=v5q", "nearest is v5p"]),
-        (["--chip=v5p"], ["devices"]),
-        (["--devices=12", "--chip=v5p"], ["12 devices", "mesh.model=8"]),
-        (["--devices=8", "--chip=v5p", "--p=1.5"], ["--p=1.5", "[0, 1]"]),
-        (["--devices=8", "--chip=v5p", "--flops=1e12"], ["--memory_rate"]),
-    ],
-    ids=str,
-)
-def test_step_time_refuses(run, arguments, said):
-    fields = ["--config.compute.dtype=bfloat16", "--config.model.vocab_size=264"]
-    fields.append("--config.mesh.model=8")
-    assert_refused(run("caat_jax/step_time/__main__.py", TINY, *fields, *arguments), *said)
 
 
 def test_run_that_works_and_then_another_architecture(run_whole, small, tmp_path):
@@ -427,7 +381,6 @@ def check_generation(run, workdir, tmp_path):
         (["--prompt=a", "--top_k=-1"], ["top_k=-1"]),
         (["--prompt=a", "--seed=-1"], ["seed=-1"]),
         (["--prompt=a", "--max_new_tokens=0"], ["max_new_tokens=0"]),
-        (["--prompt=a"], ["--workdir=", "no checkpoint", "train.py"]),
     ],
     ids=str,
 )
