@@ -33,7 +33,7 @@ _SMALLEST_SCALE = 2.0**-100
 
 
 class Blocks(NamedTuple):
-    """Numbers as they travel: `values` [..., b] in the wire's type, bfloat16 `scales` [...]."""
+    """Numbers as they travel: `values` [..., b], the wire's as bytes; `scales` [...], bfloat16."""
 
     values: jax.Array
     scales: jax.Array
@@ -85,7 +85,7 @@ def rounded(x: jax.Array, dtype: jnp.dtype, block: int) -> jax.Array:
     """x [..., d], float32, as it arrives after it was quantised once."""
     # The compiler may leave out a conversion to a shorter type and back; not across the barrier.
     blocks = lax.optimization_barrier(quantise(_cut(x, block), dtype))
-    return _joined(dequantise(blocks), x.shape)
+    return _joined(dequantise(blocks, dtype), x.shape)
 
 
 def quantise(x: jax.Array, dtype: jnp.dtype) -> Blocks:
@@ -96,44 +96,47 @@ def quantise(x: jax.Array, dtype: jnp.dtype) -> Blocks:
     # Rounded to bfloat16, a scale is too small by 2⁻⁹ at most: nothing leaves the type's range.
     scales = scales.astype(jnp.bfloat16)
     x = x * (1 / scales.astype(jnp.float32))[..., None]
-    return Blocks((jnp.round(x) if is_integer else x).astype(dtype), scales)
+    values = (jnp.round(x) if is_integer else x).astype(dtype)
+    return Blocks(lax.bitcast_convert_type(values, jnp.uint8), scales)
 
 
-def dequantise(blocks: Blocks) -> jax.Array:
+def dequantise(blocks: Blocks, dtype: jnp.dtype) -> jax.Array:
     """float32 [..., b]."""
-    return blocks.values.astype(jnp.float32) * blocks.scales.astype(jnp.float32)[..., None]
+    values = lax.bitcast_convert_type(blocks.values, dtype).astype(jnp.float32)
+    return values * blocks.scales.astype(jnp.float32)[..., None]
 
 
 def _scatter_sum(parts_Mub: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """float32 [u, b]: the sum of everybody's part for this device."""
-    received = lax.all_to_all(_packed(quantise(parts_Mub, dtype)), "model", 0, 0)
-    return jnp.sum(_unpacked(received, dtype, parts_Mub.shape[-1]), axis=0)
+    message = lax.all_to_all(_packed(quantise(parts_Mub, dtype)), "model", 0, 0)
+    received = _unpacked(message, parts_Mub.shape[-1])
+    # Added one by one, decoding and sum are one pass; for a sum over an axis XLA for CPUs takes
+    # some ten times as long.
+    return sum(dequantise(Blocks(*part), dtype) for part in zip(*received, strict=True))
 
 
 def _gather(part_ub: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """float32 [M, u, b]: everybody's part."""
-    gathered = lax.all_gather(_packed(quantise(part_ub, dtype)), "model")
-    return _unpacked(gathered, dtype, part_ub.shape[-1])
+    message = lax.all_gather(_packed(quantise(part_ub, dtype)), "model")
+    return dequantise(_unpacked(message, part_ub.shape[-1]), dtype)
 
 
 def _packed(blocks: Blocks) -> jax.Array:
     """Blocks [..., u] as one message of bytes [..., u·(b + 2)], values first."""
-    parts = (lax.bitcast_convert_type(x, jnp.uint8) for x in blocks)
     lead = blocks.scales.shape[:-1]
-    return jnp.concatenate([part.reshape(*lead, -1) for part in parts], axis=-1)
+    scales = lax.bitcast_convert_type(blocks.scales, jnp.uint8)
+    parts = blocks.values.reshape(*lead, -1), scales.reshape(*lead, -1)
+    return jnp.concatenate(parts, axis=-1)
 
 
-def _unpacked(message: jax.Array, dtype: jnp.dtype, width: int) -> jax.Array:
-    """Messages [..., u·(b + 2)] as float32 [..., u, b]."""
+def _unpacked(message: jax.Array, width: int) -> Blocks:
+    """Blocks [..., u] of messages [..., u·(b + 2)]."""
     count = message.shape[-1] // (width + SCALE_BYTES)
     lead = message.shape[:-1]
-    values = message[..., : count * width].reshape(*lead, count, width)
-    scales = message[..., count * width :].reshape(*lead, count, SCALE_BYTES)
-    return dequantise(
-        Blocks(
-            lax.bitcast_convert_type(values, dtype),
-            lax.bitcast_convert_type(scales, jnp.bfloat16),
-        )
+    values, scales = jnp.split(message, [count * width], axis=-1)
+    scales = scales.reshape(*lead, count, SCALE_BYTES)
+    return Blocks(
+        values.reshape(*lead, count, width), lax.bitcast_convert_type(scales, jnp.bfloat16)
     )
 
 
