@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from caat_jax.devices import chips
 from tests.figures import DOCS, missing, read_csv, read_json
 
 OVERLAPPED = "all_overlaps"
@@ -25,9 +26,7 @@ def communication_sentences():
         rows = [
             re.search(rf"^model +{place} +([\d,.]+) +([\d,.]+) ", tpus, re.M) for place in places
         ]
-        columns = zip(
-            *([float(n.replace(",", "")) for n in row.groups()] for row in rows), strict=True
-        )
+        columns = zip(*(map(number, row.groups()) for row in rows), strict=True)
         return [sum(column) / 1e3 for column in columns]
 
     layers = megabytes("layer forward", "layer backward")
@@ -48,15 +47,66 @@ def communication_sentences():
         (gpus, "an eighth of the batch)", 1e3, seconds),
         (prefill, "7b_prefill_64_v5p.txt))", 1, milliseconds),
     ):
-        found = re.search(r"^model +exposed: layers +(\S+) of (\S+) +(\S+) of (\S+)", text, re.M)
-        half, half_all, full, full_all = (float(n.replace(",", "")) / unit for n in found.groups())
+        (half, half_all), (full, full_all) = exposed(text, "layers")["model"]
         yield (
             "README.md",
             f"{row} | {figures}",
-            [half_all, half, 100 * half / half_all, full_all, full, 100 * full / full_all],
+            [
+                *(half_all / unit, half / unit, 100 * half / half_all),
+                *(full_all / unit, full / unit, 100 * full / full_all),
+            ],
         )
     memory = re.search(r"memory, GiB: together +(\S+) +(\S+)", tpus).groups()
     yield "README.md", "| memory, 64 v5p | {:.2f} GiB | {:.2f} GiB |", map(float, memory)
+
+
+def overlap_sentences():
+    """What is exposed in the layers, and how much longer all that is exposed makes a step."""
+    both = "| 2 | {half} | {full} | {half_step} | {full_step} |"
+    for name, chip, rows in (
+        (
+            "7b_64_v5p",
+            "v5p",
+            (
+                "| 1 | {half} | 6,197 of 8,046 (77 %) | {half_step} | |",
+                "| 2 | 328 of 572, of four layers (57 %) | {full} | | {full_step} |",
+            ),
+        ),
+        ("7b_8_h100", "h100-nvlink", (both,)),
+        ("1b_8_h100", "h100-nvlink", (both,)),
+        ("7b_prefill_64_v5p", "v5p", (both.removeprefix("| 2 "),)),
+        ("7b_prefill_8_h100", "h100-nvlink", (both,)),
+    ):
+        text = (DOCS / f"measured/{name}.txt").read_text()
+        layers, everywhere = exposed(text, "layers"), exposed(text, "all")
+        products = re.search(r"products, with recomputation +(\S+) +(\S+)", text).groups()
+        cells = {}
+        for column, p in enumerate(("half", "full")):
+            ours, others = layers["model"][column], everywhere.get("fsdp", [(0, 0)] * 2)[column]
+            alone = 1e15 * number(products[column]) / chips.by_name(chip).flops + others[0]
+            cells[p] = "{} of {} ({:.0f} %)".format(
+                *map(milliseconds, ours), 100 * ours[0] / ours[1]
+            )
+            cells[f"{p}_step"] = f"+{100 * everywhere['model'][column][0] / alone:.0f} %"
+        for row in rows:
+            yield "docs/communication.md", row, cells
+
+
+def exposed(text, places):
+    """By axis, at p = 0.5 and at p = 1: ms exposed, of ms."""
+    pattern = rf"^(\w+) +exposed: {places} +(\S+) of (\S+) +(\S+) of (\S+)"
+    return {
+        axis: [tuple(map(number, cells[:2])), tuple(map(number, cells[2:]))]
+        for axis, *cells in re.findall(pattern, text, re.M)
+    }
+
+
+def number(cell):
+    return float(cell.replace(",", ""))
+
+
+def milliseconds(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def prediction_sentences():
@@ -134,7 +184,13 @@ def wire_sentences():
 
 @pytest.mark.parametrize(
     "sentences",
-    [communication_sentences, prediction_sentences, compiled_sentences, wire_sentences],
+    [
+        communication_sentences,
+        overlap_sentences,
+        prediction_sentences,
+        compiled_sentences,
+        wire_sentences,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_pages_say_what_the_files_say(sentences):
