@@ -180,6 +180,10 @@ def wire_sentences():
         name, *gains = row.values()
         cells = " | ".join(["{:.2f}"] * len(gains))
         yield "docs/wires.md", f"| {name} | {cells} |", map(float, gains)
+    for row in read_csv("wires_decode.csv"):
+        name, *times = row.values()
+        cells = " | ".join(["{:,.0f}, {:,.0f}"] * (len(times) // 2))
+        yield "docs/wires.md", f"| {name} | {cells} |", map(float, times)
 
 
 @pytest.mark.parametrize(
