@@ -114,7 +114,6 @@ def made(tmp_path_factory):
     for name in ("caat_jax", "configs", "docs"):
         shutil.copytree(REPOSITORY / name, folder / name)
     write_texts(folder / "books")
-    shutil.copytree(folder / "books", folder / "docs/texts")
     (folder / "book.txt").write_text("a book of some words " * 50)
     tiny = ["train.py", "--config=configs/tiny.py", *SHORT["train.py"]]
     for name, p in (("tiny", 0.5), ("half", 0.5), ("full", 1)):

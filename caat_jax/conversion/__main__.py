@@ -2,7 +2,7 @@
 
     python -m caat_jax.conversion --workdir=runs/full --output=runs/half --sync_factor=0.5
     python -m caat_jax.conversion --workdir=runs/imported --output=runs/half --sync_factor=0.5 \\
-        --files="docs/**/*.md" --calibration_tokens=100000
+        --files="~/books/**/*.txt" --calibration_tokens=100000
 
 Takes a run's newest checkpoint, at p = 1, turns its residual stream so that the directions that
 cost most when private are shared, and fits the weights sublayer by sublayer on calibration text, so

@@ -177,7 +177,7 @@ class Corpus:
         given, documents = self._data.holdout_every, len(self._digests)
         for every in sorted(range(2, 1000), key=lambda every: abs(every - given)):
             if 0 < np.count_nonzero(self._digests % np.uint64(every) == 0) < documents:
-                remedy = f"data.holdout_every={every} would do"
+                remedy = f"give data.holdout_every={every} or more documents (one a file)"
                 break
         else:
             remedy = "give data.eval_split, or more and different documents (one a file)"
