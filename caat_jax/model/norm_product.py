@@ -85,17 +85,24 @@ def _split_product(
 
 def _split_product_forward(stream, columns, epsilon, out_dtype, for_tpu):
     common, private = stream
-    product = jnp.einsum(
-        "gbtd,gdn->gbtn", private, columns.private, preferred_element_type=out_dtype
-    )
-    if common.shape[-1]:
-        if for_tpu:  # nothing needs the common channels, which are being reduced, before
-            product, common = lax.optimization_barrier((product, common))
+
+    def of_private():
+        equation = "gbtd,gdn->gbtn"
+        return jnp.einsum(equation, private, columns.private, preferred_element_type=out_dtype)
+
+    def of_common(common):
         # The product is transposed, not the matrix, as one `einsum` would have it: in decode, which
         # multiplies one token of each sequence, the matrix is the larger array by far.
-        of_common = jnp.matmul(common, columns.common, preferred_element_type=out_dtype)
-        of_common = of_common.reshape(*of_common.shape[:-1], len(private), -1)
-        product += jnp.moveaxis(of_common, -2, 0)
+        product = jnp.matmul(common, columns.common, preferred_element_type=out_dtype)
+        return jnp.moveaxis(product.reshape(*product.shape[:-1], len(private), -1), -2, 0)
+
+    if not common.shape[-1]:
+        product = of_private()
+    elif for_tpu:  # nothing needs the common channels, which are being reduced, before
+        product, common = lax.optimization_barrier((of_private(), common))
+        product += of_common(common)
+    else:  # in this order decode on one CPU takes a tenth less than in the other
+        product = of_common(common) + of_private()
     width = common.shape[-1] + private.shape[-1]
     square_sum = _square_sum(private) + _square_sum(common)
     inverse_rms = lax.rsqrt(square_sum / width + epsilon)
