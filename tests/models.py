@@ -16,6 +16,7 @@ from caat_jax.devices import sharding
 from caat_jax.training import loop
 from caat_jax.training.step import Programs
 from configs import base
+from tests import reference
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -73,6 +74,12 @@ def method(config: Config) -> dict[str, Any]:
         rope_base=arch.rope_base,
         norm_epsilon=arch.norm_epsilon,
     )
+
+
+def random_parameters(config: Config, seed: int = 0) -> dict[str, Any]:
+    """The emulation's, of a model's sizes."""
+    sizes = {name: getattr(config.model, name) for name in (*SMALL, "tied_head")}
+    return reference.random_parameters(seed, **sizes)
 
 
 def programs(config: Config) -> Programs:

@@ -22,9 +22,7 @@ def run(tmp_path_factory):
     """A run's folder with random weights, its configuration, and the weights."""
     config = models.small_config(model=dict(sync_factor=0.5))
     programs = models.programs(config)
-    names = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
-    sizes = {name: getattr(config.model, name) for name in (*names, "tied_head")}
-    parameters = reference.random_parameters(7, **sizes)
+    parameters = models.random_parameters(config, 7)
     workdir = tmp_path_factory.mktemp("loaded") / "run"
     with Checkpoints(workdir) as checkpoints:
         state = programs.fresh_state(models.on_mesh(programs, parameters))

@@ -239,20 +239,20 @@ class Programs:
           no lower id the same.
         """
         varying = sharding.mark_varying(parameters, self.blueprint.specs)
-        logits = self._logits(varying, batch)
+        logits = _logits(self.blueprint, varying, batch)
         with jax.named_scope(HEAD_AND_LOSS):
             losses = loss.cross_entropy(logits, batch[:, 1:])
             return -losses, loss.most_likely(logits) == batch[:, 1:]
 
     def _token_losses(self, parameters: Any, rows: jax.Array, *taught_by: Any) -> jax.Array:
         """float32 [B, T] of token sequences [B, T + 1]: to the text, or to a teacher."""
-        logits = self._logits(parameters, rows)
+        logits = _logits(self.blueprint, parameters, rows)
         with jax.named_scope(HEAD_AND_LOSS):
             if not taught_by:
                 return loss.cross_entropy(logits, rows[:, 1:])
         (teacher,) = taught_by
-        teacher = self.teacher.bind(sharding.mark_varying(teacher, self.teacher.specs))
-        taught = teacher(jnp.maximum(rows[:, :-1], 0))
+        varying = sharding.mark_varying(teacher, self.teacher.specs)
+        taught = _logits(self.teacher, varying, rows)
         with jax.named_scope(HEAD_AND_LOSS):
             return jnp.where(rows[:, 1:] >= 0, loss.divergence(logits, taught), 0.0)
 
@@ -268,6 +268,7 @@ class Programs:
         stream = model.run_layers(model.embed(tokens))
         return at_boundary(stream)
 
-    def _logits(self, parameters: Any, rows: jax.Array) -> jax.Array:
-        """float32 [G, B, T, v] of token sequences [B, T + 1]."""
-        return self.blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))
+
+def _logits(blueprint: Blueprint, parameters: Any, rows: jax.Array) -> jax.Array:
+    """float32 [G, B, T, v] of token sequences [B, T + 1], inside `shard_map`."""
+    return blueprint.bind(parameters)(jnp.maximum(rows[:, :-1], 0))

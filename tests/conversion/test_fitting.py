@@ -20,9 +20,7 @@ MODEL = dict(tp_shards=S, sync_factor_per_layer=((0.5, 0.25), (1.0, 0.5)))
 
 
 def numpy_parameters(config, seed=0):
-    names = "layers embed_dim heads kv_heads head_dim mlp_dim vocab_size tied_head".split()
-    fields = {name: getattr(config.model, name) for name in names}
-    parameters = reference.random_parameters(seed, **fields)
+    parameters = models.random_parameters(config, seed)
     return reference.map_arrays(lambda array: array.astype(np.float32), parameters)
 
 

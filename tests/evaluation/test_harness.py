@@ -257,7 +257,7 @@ def greedy_ids(programs):
 
     def most_likely(parameters, rows):
         varying = sharding.mark_varying(parameters, programs.blueprint.specs)
-        return loss.most_likely(programs._logits(varying, rows))
+        return loss.most_likely(programs.blueprint.bind(varying)(models.inputs(rows)))
 
     step = programs._shard_map(most_likely, out_specs=programs.batch_sharding.spec)
     return lambda *given: np.asarray(jax.jit(step)(*given))

@@ -31,25 +31,10 @@ LENGTHS = (3, 7, 1, 12)  # of the prompts
 GROUPED = dict(data=2, fsdp=2, model=2)
 
 
-def parameters_of(config, seed=0):
-    arch = config.model
-    return reference.random_parameters(
-        seed,
-        layers=arch.layers,
-        embed_dim=arch.embed_dim,
-        heads=arch.heads,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        mlp_dim=arch.mlp_dim,
-        vocab_size=arch.vocab_size,
-        tied_head=arch.tied_head,
-    )
-
-
 def reference_logits(config, tokens_BT, wire=reference.exact):
     arch = config.model
     return reference.forward(
-        parameters_of(config),
+        models.random_parameters(config),
         tokens_BT,
         tp_shards=arch.tp_shards,
         sync_widths=arch.sync_widths,
@@ -62,7 +47,9 @@ def reference_logits(config, tokens_BT, wire=reference.exact):
 @functools.cache
 def generator_of(config):
     programs = models.programs(config)
-    return Generator(config, programs.mesh, models.on_mesh(programs, parameters_of(config)))
+    return Generator(
+        config, programs.mesh, models.on_mesh(programs, models.random_parameters(config))
+    )
 
 
 def config_of(M=8, mesh=None, tied_head=False, scan_layers=True, batch_parts=0, **model):

@@ -44,17 +44,7 @@ def check(config, sequences=4, length=10, seed=0, tolerance=TOLERANCE):
 def errors(config, sequences=4, length=10, seed=0):
     """Of loss, logits and every gradient, of each tensor's largest magnitude."""
     arch = config.model
-    parameters = reference.random_parameters(
-        seed,
-        layers=arch.layers,
-        embed_dim=arch.embed_dim,
-        heads=arch.heads,
-        kv_heads=arch.kv_heads,
-        head_dim=arch.head_dim,
-        mlp_dim=arch.mlp_dim,
-        vocab_size=arch.vocab_size,
-        tied_head=arch.tied_head,
-    )
+    parameters = models.random_parameters(config, seed)
     random = np.random.default_rng(seed)
     rows = random.integers(0, arch.vocab_size, (sequences, length + 1), dtype=np.int32)
     rows[1, -3:] = -1  # padding is no target

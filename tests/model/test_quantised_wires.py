@@ -148,7 +148,16 @@ WHOLE_MODELS = [
 OTHER_SHARDS = [
     dict(S=8, M=8, forward="int8", backward="int8", sync_factor=0.5),
     dict(S=8, M=2, forward="float8_e4m3fn", backward="float8_e5m2", sync_factor=0.25),
-    dict(S=8, M=1, forward="int8", backward="float8_e4m3fn", sync_factor=1.0, tied_head=True),
+    # One number on the other side of a tie changes what follows of its token.
+    dict(
+        S=8,
+        M=1,
+        forward="int8",
+        backward="float8_e4m3fn",
+        sync_factor=1.0,
+        tied_head=True,
+        of_rounding=0.5,
+    ),
     dict(S=2, M=2, forward="int8", backward="float8_e4m3fn", sync_factor=0.5),
     dict(S=2, M=1, forward="float8_e4m3fn", backward="int8", sync_factor=0.0),
     dict(S=1, M=1, forward="int8", backward="int8", sync_factor=1.0),
@@ -164,8 +173,7 @@ BFLOAT16_TOLERANCE = 0.15  # as test_partial_sync's: rounding the activations ou
     ids=str,
 )
 def test_model_is_the_emulation_with_rounding(case):
-    """The float32 model rounds now and then to the other side of a tie, and what follows of that
-    token differs: less than half of what rounding changes."""
+    """The float32 model rounds now and then to the other side: far less than rounding changes."""
     S, M, forward, backward = case.get("S", 4), case["M"], case["forward"], case["backward"]
     config = models.small_config(
         model=dict(tp_shards=S) | {k: v for k, v in case.items() if k not in NAMES},
@@ -178,8 +186,7 @@ def test_model_is_the_emulation_with_rounding(case):
         ),
         mesh=dict(model=M),
     )
-    sizes = {name: getattr(config.model, name) for name in (*models.SMALL, "tied_head")}
-    parameters = reference.random_parameters(0, **sizes)
+    parameters = models.random_parameters(config)
     rows = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
     found = models.loss_gradients_and_logits(models.programs(config), parameters, rows)
     method, wires = models.method(config), (wire(forward, 12), wire(backward, 12))
@@ -198,9 +205,9 @@ def test_model_is_the_emulation_with_rounding(case):
     ):
         tolerated = max(
             (BFLOAT16_TOLERANCE if "dtype" in case else TOLERANCE) * np.linalg.norm(with_rounding),
-            0.5 * np.linalg.norm(np.subtract(with_rounding, without)),
+            case.get("of_rounding", 0.25) * np.linalg.norm(np.subtract(with_rounding, without)),
         )
         assert np.linalg.norm(np.subtract(ours, with_rounding)) <= tolerated
 
 
-NAMES = ("S", "M", "forward", "backward", "dtype")
+NAMES = ("S", "M", "forward", "backward", "dtype", "of_rounding")

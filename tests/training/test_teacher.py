@@ -23,12 +23,6 @@ MODEL = dict(tp_shards=8, sync_factor=0.5)
 TEACHER = dict(tp_shards=8, layers=3, embed_dim=48, heads=8, mlp_dim=64, sync_factor=1.0)
 
 
-def parameters_of(arch, seed):
-    sizes = ("layers", "embed_dim", "heads", "kv_heads", "head_dim", "mlp_dim", "vocab_size")
-    fields = {name: getattr(arch, name) for name in (*sizes, "tied_head")}
-    return reference.random_parameters(seed, **fields)
-
-
 @pytest.mark.parametrize(
     ("mesh", "parts"),
     [
@@ -41,7 +35,7 @@ def parameters_of(arch, seed):
 def test_loss_and_gradients(mesh, parts):
     config = models.small_config(model=MODEL, mesh=mesh, accumulation_steps=parts)
     taught_by = models.small_config(model=TEACHER, mesh=mesh)
-    parameters, theirs = parameters_of(config.model, 0), parameters_of(taught_by.model, 1)
+    parameters, theirs = models.random_parameters(config), models.random_parameters(taught_by, 1)
     rows = np.random.default_rng(0).integers(0, 64, (4, 11), dtype=np.int32)
     rows[1, -3:] = -1
     inputs = np.maximum(rows[:, :-1], 0)
