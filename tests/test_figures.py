@@ -244,25 +244,47 @@ def parameters(vocabulary, width, mlp, *, layers, heads, kv_heads, tied=False):
     return (1 if tied else 2) * vocabulary * width + layers * layer + width
 
 
-def checkpointing_sentences():
-    text = (DOCS / "measured/checkpointing_tiny.txt").read_text()
-    (size,) = re.findall(r"(\d+) MB a checkpoint", text)
-    ms = {
-        name.strip(): float(value)
-        for name, value in re.findall(r"^(.*?)  +([\d.]+) ms", text, re.M)
+def inference_sentences():
+    names = {
+        "1 device, p = 0.5": "1 device holding all 8 shards, p = 0.5",
+        "8 devices, p = 1": "8 simulated devices, p = 1",
+        "8 devices, p = 0.5": "8 simulated devices, p = 0.5",
     }
-    (ratio,) = re.findall(r"start of a save .* ms +([\d.]+) of a step", text)[1:]
-    yield (
-        "docs/scale_out.md",
-        f"| tiny, 16 x 256 tokens | {size} MB | {{:,.0f}} ms | {ratio} of a step | {{:.0f}} ms |"
-        " {:.0f} ms | {:.0f} ms |",
-        [
+    for row in read_json("measured/inference.json"):
+        system = row["system"].removeprefix("caat_jax, ")
+        yield (
+            "docs/inference.md",
+            f"| {names.get(system, system)} | {row['batch']} | {{first_token_ms:.1f}} |"
+            " {first_token_ratio:.2f} | {decode_tokens_per_second:,.0f} |"
+            " {decode_time_ratio:.2f} |",
+            row,
+        )
+
+
+def checkpointing_sentences():
+    for run, name in (("tiny", "tiny, 16 x 256"), ("130m", "130M in float32, 8 x 256")):
+        text = (DOCS / f"measured/checkpointing_{run}.txt").read_text()
+        (megabytes,) = map(int, re.findall(r"(\d+) MB a checkpoint", text))
+        ms = {
+            name.strip(): float(value)
+            for name, value in re.findall(r"^(.*?)  +([\d.]+) ms", text, re.M)
+        }
+        step, start, digests, restored = (
             ms["step, nothing being saved"],
             ms["start of a save"],
             ms["digests compared"],
             ms["restored, digests not compared"],
-        ],
-    )
+        )
+        (ratio,) = re.findall(r"start of a save .* ms +([\d.]+) of a step", text)[1:]
+        cells = (
+            f"{megabytes} MB | {step:,.0f} ms | {ratio} of a step | {start:.0f} ms |"
+            f" {digests:.0f} ms | {restored:.0f} ms |"
+            if megabytes < 1000
+            else f"{megabytes / 1e3:.1f} GB | {step / 1e3:.1f} s | {ratio} of a step |"
+            f" {start:.0f} ms | {digests / 1e3:.2f} s, {megabytes / digests:.1f} GB/s |"
+            f" {restored / 1e3:.2f} s |"
+        )
+        yield "docs/scale_out.md", f"| {name} tokens | {cells}", []
 
 
 def summaries(name, module):
@@ -279,6 +301,7 @@ def summaries(name, module):
         wire_sentences,
         quality_sentences,
         checkpointing_sentences,
+        inference_sentences,
         size_sentences,
         step_time_sentences,
     ],
